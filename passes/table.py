@@ -1,0 +1,13 @@
+"""The passes by name, in the order in which they usually run. File stem = key = ``name``."""
+
+from vdqc.engine.recipe import PassTable
+
+PASSES: PassTable = {
+    "canonicalize": "vdqc.passes.canonicalize:Canonicalize",
+    "annotate": "vdqc.passes.annotate:Annotate",
+    "rotate": "vdqc.passes.rotate:Rotate",
+    "smooth": "vdqc.passes.smooth:Smooth",
+    "quant": "vdqc.passes.quant:Quant",
+    "calibrate": "vdqc.passes.calibrate:Calibrate",
+    "fold": "vdqc.passes.fold:Fold",
+}

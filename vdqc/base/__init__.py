@@ -1,0 +1,1 @@
+"""The ground: words and numbers, no graph."""

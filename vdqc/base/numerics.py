@@ -1,0 +1,108 @@
+"""The mathematics that passes, kernels and tests share: scales, codes, packing, error measures.
+
+Pure functions on tensors; no graph, no state. Codes are exact integers held in an integer tensor or,
+inside ``fake_quantize``, in the float type of the input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vdqc.base.diagnostics import InputError
+from vdqc.base.scheme import GranularityKind, QuantSpec
+
+#: Largest relative RMS error that "equal" allows, by compute dtype. The only tolerance in vdqc.
+TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}
+
+#: Smallest scale kept: an all-zero row quantises to zeros instead of dividing by zero.
+MIN_SCALE = 1e-12
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over RMS of ``expected``, in float64; 0 where both are all zero."""
+    a, e = actual.detach().double(), expected.detach().double()
+    norm = e.norm()
+    difference = (a - e).norm()
+    return float(difference / norm) if norm > 0 else float(difference)
+
+
+def sqnr_db(actual: Tensor, expected: Tensor) -> float:
+    """Signal to quantisation noise, in dB: 10 log10(|expected|² / |actual - expected|²)."""
+    error = relative_error(actual, expected)
+    return float("inf") if error == 0 else float(-20 * torch.log10(torch.tensor(error)))
+
+
+def group_view(x: Tensor, spec: QuantSpec) -> Tensor:
+    """``x`` with its last axis split so that one scale serves the last axis of the result.
+
+    ``[N, K] -> [N, K / size, size]`` for groups, ``x`` itself otherwise.
+    """
+    if spec.granularity.kind is not GranularityKind.GROUP:
+        return x
+    size = spec.granularity.size
+    if x.shape[-1] % size:
+        raise InputError(
+            f"groups of {size} do not divide {x.shape[-1]} input channels",
+            "choose a group size that divides every width, or none",
+        )
+    return x.unflatten(-1, (-1, size))
+
+
+def value_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Least and greatest value per scale, shaped as ``Granularity`` documents."""
+    view = group_view(x, spec)
+    if spec.granularity.kind is GranularityKind.TENSOR:
+        return view.amin(), view.amax()
+    low, high = view.amin(-1, keepdim=True), view.amax(-1, keepdim=True)
+    if spec.granularity.kind is GranularityKind.GROUP:
+        return low.squeeze(-1), high.squeeze(-1)
+    return low, high
+
+
+def scale_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that cover ``[low, high]``; float32 (float64 if the range is).
+
+    Symmetric: scale = max(|low|, |high|) / qmax and no zero point. Asymmetric: the range is first
+    widened to hold 0, scale = (high - low) / (qmax - qmin), zero point = round(-low / scale).
+    """
+    if low.dtype != torch.float64:
+        low, high = low.float(), high.float()
+    if spec.symmetric:
+        return (torch.maximum(low.abs(), high.abs()) / spec.qmax).clamp_min(MIN_SCALE), None
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = ((high - low) / (spec.qmax - spec.qmin)).clamp_min(MIN_SCALE)
+    return scale, (-low / scale).round().clamp(spec.qmin, spec.qmax)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Codes of ``x``: round-half-even(x / scale) + zero point, clamped; int8, or uint8 if asymmetric.
+
+    Shape of ``x``. fp8 gives ``torch.float8_e4m3fn``.
+    """
+    view = group_view(x, spec)
+    per_group = spec.granularity.kind is GranularityKind.GROUP
+    s = scale.unsqueeze(-1) if per_group else scale
+    scaled = view.to(s.dtype) / s
+    if spec.dtype.is_float:
+        codes = scaled.clamp(spec.qmin, spec.qmax).to(torch.float8_e4m3fn)
+        return codes.reshape(x.shape)
+    codes = scaled.round()
+    if zero_point is not None:
+        codes = codes + (zero_point.unsqueeze(-1) if per_group else zero_point)
+    codes = codes.clamp(spec.qmin, spec.qmax)
+    return codes.to(torch.int8 if spec.symmetric else torch.uint8).reshape(x.shape)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """(codes - zero point) · scale, in the dtype of ``scale``; shape of ``codes``."""
+    per_group = spec.granularity.kind is GranularityKind.GROUP
+    values = group_view(codes, spec).to(scale.dtype)
+    if zero_point is not None:
+        values = values - (zero_point.unsqueeze(-1) if per_group else zero_point)
+    return (values * (scale.unsqueeze(-1) if per_group else scale)).reshape(codes.shape)

@@ -1,0 +1,72 @@
+"""Facts of a machine that lowering chooses by: what it multiplies, how fast, how fast it reads.
+
+Peaks are dense (no structured sparsity) and per device; the CPU's are measured on first use, because
+a table could only guess. Source: NVIDIA data sheets for the GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+from vdqc.base.diagnostics import ConfigError, nearest
+
+
+@final
+@dataclass(frozen=True)
+class Target:
+    """One machine. ``peak`` maps a multiply format to tera-operations per second.
+
+    Attributes:
+        name: the word the user types: ``cpu``, ``sm80`` ... ``sm120``.
+        device: torch device type.
+        peak: ``fp32 | bf16 | int8 | fp8 | int4`` to T(FL)OP/s; absent where there is no such unit.
+        bandwidth: main-memory GB/s.
+        shared_memory: bytes per thread block (0 on the CPU).
+    """
+
+    name: str
+    device: str
+    peak: Mapping[str, float]
+    bandwidth: float
+    shared_memory: int = 0
+
+    @staticmethod
+    def parse(text: str) -> Target:
+        """The target of that name; ``auto`` is the GPU that is there, else the CPU."""
+        if text == "auto":
+            return detect()
+        if text not in TARGETS:
+            raise ConfigError(f"unknown target '{text}'", nearest(text, [*TARGETS, "auto"]))
+        return TARGETS[text]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_ALL = (
+    # Zen 5, one core with VNNI and AVX512-BF16: reference/cpu.md section 0; other CPUs are probed.
+    Target("cpu", "cpu", {"fp32": 0.2, "bf16": 0.4, "int8": 0.8}, 20.0),
+    Target("sm80", "cuda", {"fp32": 19.5, "bf16": 312, "int8": 624, "int4": 1248}, 2039, 163 << 10),
+    Target("sm89", "cuda", {"fp32": 91, "bf16": 181, "int8": 362, "fp8": 362}, 864, 99 << 10),
+    Target("sm90", "cuda", {"fp32": 67, "bf16": 989, "int8": 1979, "fp8": 1979}, 4800, 227 << 10),
+    Target("sm100", "cuda", {"fp32": 80, "bf16": 2250, "int8": 4500, "fp8": 4500}, 8000, 227 << 10),
+    Target("sm120", "cuda", {"fp32": 105, "bf16": 210, "int8": 838, "fp8": 419}, 1792, 99 << 10),
+)
+TARGETS: Mapping[str, Target] = {target.name: target for target in _ALL}
+
+
+def detect() -> Target:
+    """The target of this machine's first GPU, or the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return TARGETS["cpu"]
+    major, minor = torch.cuda.get_device_capability()
+    name = f"sm{major}{minor}"
+    if name not in TARGETS:
+        raise ConfigError(
+            f"this GPU is {name}, for which vdqc has no target", "choose one with --target"
+        )
+    return TARGETS[name]

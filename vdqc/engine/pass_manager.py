@@ -1,0 +1,249 @@
+"""Pass and PassManager: what a rewrite declares, and the runner that holds it to that.
+
+A pass is a frozen dataclass; its fields are its options, its text (``smooth{alpha=0.6}``) is its
+cache key. The manager checks the order before a model is loaded, runs each pass, verifies the graph
+against its stage, and measures on a probe sample what the pass did to the output: nothing, if it is
+``exact``.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, final
+
+import torch
+from torch import Tensor
+
+from vdqc.base import numerics
+from vdqc.base.diagnostics import Diagnostics, OrderError, VdqcError, VerifyError
+from vdqc.base.scheme import QuantScheme
+from vdqc.base.target import TARGETS, Target
+from vdqc.engine.calibrate import ActivationStats, activation_stats
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.sample import Sample
+from vdqc.ir.verifier import verify
+
+
+@final
+@dataclass(frozen=True)
+class Rule:
+    """Sites matching the glob ``select`` get ``scheme``; the last matching rule wins."""
+
+    select: str
+    scheme: QuantScheme
+
+    def __str__(self) -> str:
+        return f"{self.select}={self.scheme}"
+
+
+@final
+@dataclass
+class Context:
+    """What passes share besides the graph.
+
+    Attributes:
+        samples: calls to learn from; the first is the probe.
+        target: the machine the program is for.
+        diagnostics: where passes say what they did and did not do.
+        rules: which sites get which scheme.
+        seed: of every random choice.
+        progress: wraps an iterable with a bar; ``(iterable, description) -> iterable``.
+    """
+
+    samples: Sequence[Sample] = ()
+    target: Target = TARGETS["cpu"]
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    rules: Sequence[Rule] = ()
+    seed: int = 0
+    progress: Callable[[Any, str], Any] = lambda items, description: items
+    _stats: tuple[int, int, ActivationStats] | None = None
+
+    def stats(self, graph: Graph) -> ActivationStats:
+        """Activation statistics of the graph as it is now; measured once per version."""
+        key = (id(graph), graph.version)
+        if self._stats is None or self._stats[:2] != key:
+            self._stats = (*key, activation_stats(graph, self.samples, progress=self.progress))
+        return self._stats[2]
+
+
+@final
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass reports: how many places it rewrote, and numbers for the report."""
+
+    rewrites: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Pass(abc.ABC):
+    """Base of every pass; subclasses are ``@final @dataclass(frozen=True)``.
+
+    ``at`` are the stages it runs at, ``to`` the stage it leaves the graph at (None: unchanged),
+    ``exact`` promises that the function computed stays the same.
+    """
+
+    name: ClassVar[str]
+    at: ClassVar[frozenset[Stage]]
+    to: ClassVar[Stage | None] = None
+    exact: ClassVar[bool]
+
+    @abc.abstractmethod
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        """Rewrite ``graph`` in place."""
+
+    def __str__(self) -> str:
+        """``name{option=value,...}`` with the options that differ from their defaults."""
+        options = [
+            f"{f.name}={_option(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + (f"{{{','.join(options)}}}" if options else "")
+
+
+def _option(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+@final
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to one graph.
+
+    ``error`` is the relative RMS change of the probe output by this pass, ``sqnr_db`` the fidelity of
+    the graph so far against the float model; both None where nothing was probed.
+    """
+
+    text: str
+    exact: bool
+    stage: Stage
+    seconds: float
+    rewrites: int
+    error: float | None = None
+    sqnr_db: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Instrument(Protocol):
+    """Called around each pass; it reads the graph and must not edit it."""
+
+    def before_pass(self, text: str, graph: Graph) -> None:
+        """Before ``text`` runs."""
+
+    def after_pass(self, record: PassRecord, graph: Graph) -> None:
+        """After it was verified."""
+
+
+def check_order(passes: Sequence[Pass], start: Stage = Stage.CAPTURED) -> Stage:
+    """The stage that ``passes`` lead to; raises OrderError naming the first that cannot run."""
+    stage = start
+    for index, item in enumerate(passes):
+        if stage not in item.at:
+            wanted = " or ".join(str(s) for s in sorted(item.at))
+            before = ", ".join(p.name for p in passes[:index]) or "no pass"
+            raise OrderError(
+                f"'{item.name}' runs at {wanted}, but the passes before it leave the graph at {stage}",
+                f"before it: {before}",
+                _advice(item, stage),
+            )
+        stage = item.to if item.to is not None else stage
+    return stage
+
+
+def _advice(item: Pass, stage: Stage) -> str:
+    if stage > max(item.at):
+        return f"put '{item.name}' earlier: nothing takes a graph back"
+    return f"put a pass that leads to {min(item.at)} before it"
+
+
+@final
+class PassManager:
+    """Runs passes in order. Raises OrderError when built from passes in an impossible order."""
+
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        *,
+        probe: bool = True,
+        instruments: Sequence[Instrument] = (),
+        start: Stage = Stage.CAPTURED,
+    ) -> None:
+        self.passes = tuple(passes)
+        self.final_stage = check_order(passes, start)
+        self.probe = probe
+        self.instruments = tuple(instruments)
+
+    @torch.no_grad()
+    def run(self, graph: Graph, ctx: Context) -> list[PassRecord]:
+        """Rewrite ``graph`` by every pass; raises VerifyError where one breaks its promise."""
+        inputs = self._probe_inputs(graph, ctx)
+        original = _floats(graph, inputs) if inputs is not None else None
+        before = original
+        records = []
+        for item in self.passes:
+            for instrument in self.instruments:
+                instrument.before_pass(str(item), graph)
+            start = time.perf_counter()
+            result = self._apply(item, graph, ctx)
+            seconds = time.perf_counter() - start
+            verify(graph)
+            error = sqnr = None
+            if inputs is not None and before is not None and original is not None:
+                after = _floats(graph, inputs) if result.rewrites else before
+                error = numerics.relative_error(after, before)
+                sqnr = numerics.sqnr_db(after, original)
+                _check_probe(item, graph, after, error)
+                before = after
+            record = PassRecord(
+                str(item),
+                item.exact,
+                graph.stage,
+                seconds,
+                result.rewrites,
+                error,
+                sqnr,
+                result.facts,
+            )
+            records.append(record)
+            for instrument in self.instruments:
+                instrument.after_pass(record, graph)
+        return records
+
+    def _probe_inputs(self, graph: Graph, ctx: Context) -> list[Any] | None:
+        if not self.probe or not ctx.samples:
+            return None
+        return graph.signature.bind((), ctx.samples[0].inputs)
+
+    def _apply(self, item: Pass, graph: Graph, ctx: Context) -> PassResult:
+        try:
+            with graph.edited_by(str(item)):
+                result = item.run(graph, ctx)
+        except VdqcError as error:
+            error.add_note(f"while '{item}' ran")
+            raise
+        graph.stage = item.to if item.to is not None else graph.stage
+        graph.clean()
+        return result
+
+
+def _floats(graph: Graph, inputs: Sequence[Any]) -> Tensor:
+    outputs = [value for value in graph.run_inputs(inputs) if isinstance(value, Tensor)]
+    return torch.cat([value.detach().double().flatten() for value in outputs])
+
+
+def _check_probe(item: Pass, graph: Graph, after: Tensor, error: float) -> None:
+    if not bool(torch.isfinite(after).all()):
+        raise VerifyError(
+            f"after '{item}' the probe output holds NaN or infinity", code="not-finite"
+        )
+    allowed = numerics.TOLERANCE[getattr(torch, graph.origin.dtype)]
+    if item.exact and error > allowed:
+        raise VerifyError(
+            f"'{item}' is exact, yet it moved the probe output by {error:.2e} (allowed {allowed:.0e})",
+            "run the passes one by one to see where: vdqc bisect",
+            code="not-exact",
+        )

@@ -1,0 +1,1 @@
+"""The graph: an aten-level program with its weights, its sites and its stage."""

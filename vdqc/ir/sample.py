@@ -1,0 +1,21 @@
+"""One call of the model, as a user's ``samples()`` yields it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+
+@final
+@dataclass(frozen=True)
+class Sample:
+    """Keyword arguments of one ``forward`` call and where on the trajectory it stands.
+
+    Attributes:
+        inputs: argument name to tensor, python value, or nested tuple, list or dict of those.
+        timestep: the denoising timestep, for statistics per step; None if it has none.
+    """
+
+    inputs: Mapping[str, Any]
+    timestep: float | None = None

@@ -1,0 +1,93 @@
+"""Weights that may live on disk: a tensor is read when asked for and dropped after use.
+
+A graph keeps small and trained weights as ordinary tensors and large frozen ones as references into
+safetensors files, so that a model larger than memory can be captured, rewritten and packed site by
+site. Reading is by slices of a file opened per read: a mapping that is held open would count every
+page ever touched as resident.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from vdqc.base.diagnostics import InputError
+
+
+@final
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in one safetensors file."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> Tensor:
+        """The whole tensor, in memory of its own."""
+        with safe_open(self.file, framework="pt") as handle:
+            return handle.get_tensor(self.key).clone()
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` of the first axis."""
+        with safe_open(self.file, framework="pt") as handle:
+            return handle.get_slice(self.key)[start:stop].clone()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def stored_tensors(file: Path) -> Iterator[StoredTensor]:
+    """Every tensor of a safetensors file, from its header alone.
+
+    Raises InputError for a file that is truncated or not safetensors.
+    """
+    try:
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():
+                view = handle.get_slice(key)
+                yield StoredTensor(file, key, tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+    except Exception as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{file} is not a readable safetensors file: {error}", "fetch or export it again"
+        ) from error
+
+
+def stored_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Name to tensor for a diffusers or transformers weight folder, sharded or not."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        shards = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        files = [folder / shard for shard in shards]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{folder} lacks {missing[0].name}, which its index names")
+    return {stored.key: stored for file in files for stored in stored_tensors(file)}
