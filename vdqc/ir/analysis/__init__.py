@@ -1,0 +1,1 @@
+"""Questions about a graph, answered by dataflow alone: pure functions, nothing is edited."""
