@@ -47,7 +47,7 @@ def ssim(video: Tensor, reference: Tensor) -> float:
 def flicker(video: Tensor) -> float:
     """Mean absolute difference of neighbouring frames, in [0, 1]; 0 for a still or a single frame.
 
-    VBench's temporal flickering score is 1 minus this. Source: Huang et al., VBench, arXiv 2311.17982.
+    VBench calls 1 minus this temporal flickering. Source: Huang et al., VBench, arXiv 2311.17982.
     """
     frames = _video(video).double()
     if frames.shape[2] < 2:

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from vdqc.base import numerics
-from vdqc.base.diagnostics import Diagnostics, OrderError, VdqcError, VerifyError
+from vdqc.base.diagnostics import Diagnostics, InputError, OrderError, VdqcError, VerifyError
 from vdqc.base.scheme import QuantScheme
 from vdqc.base.target import TARGETS, Target
 from vdqc.engine.calibrate import ActivationStats, activation_stats
-from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.graph import Graph, Stage, module_path, source_line
 from vdqc.ir.sample import Sample
 from vdqc.ir.verifier import verify
 
@@ -114,8 +114,8 @@ def _option(value: Any) -> str:
 class PassRecord:
     """What one pass did to one graph.
 
-    ``error`` is the relative RMS change of the probe output by this pass, ``sqnr_db`` the fidelity of
-    the graph so far against the float model; both None where nothing was probed.
+    ``error`` is the relative RMS change of the probe output by this pass, ``sqnr_db`` the fidelity
+    of the graph so far against the float model; both None where nothing was probed.
     """
 
     text: str
@@ -146,7 +146,8 @@ def check_order(passes: Sequence[Pass], start: Stage = Stage.CAPTURED) -> Stage:
             wanted = " or ".join(str(s) for s in sorted(item.at))
             before = ", ".join(p.name for p in passes[:index]) or "no pass"
             raise OrderError(
-                f"'{item.name}' runs at {wanted}, but the passes before it leave the graph at {stage}",
+                f"'{item.name}' runs at {wanted}, "
+                f"but the passes before it leave the graph at {stage}",
                 f"before it: {before}",
                 _advice(item, stage),
             )
@@ -176,12 +177,13 @@ class PassManager:
         self.final_stage = check_order(passes, start)
         self.probe = probe
         self.instruments = tuple(instruments)
+        self.probed: tuple[Tensor, Tensor] | None = None  # float and final output of the last run
 
     @torch.no_grad()
     def run(self, graph: Graph, ctx: Context) -> list[PassRecord]:
         """Rewrite ``graph`` by every pass; raises VerifyError where one breaks its promise."""
         inputs = self._probe_inputs(graph, ctx)
-        original = _floats(graph, inputs) if inputs is not None else None
+        original = _float_output(graph, inputs) if inputs is not None else None
         before = original
         records = []
         for item in self.passes:
@@ -193,7 +195,7 @@ class PassManager:
             verify(graph)
             error = sqnr = None
             if inputs is not None and before is not None and original is not None:
-                after = _floats(graph, inputs) if result.rewrites else before
+                after = probe_output(graph, inputs) if result.rewrites else before
                 error = numerics.relative_error(after, before)
                 sqnr = numerics.sqnr_db(after, original)
                 _check_probe(item, graph, after, error)
@@ -211,6 +213,8 @@ class PassManager:
             records.append(record)
             for instrument in self.instruments:
                 instrument.after_pass(record, graph)
+        if original is not None and before is not None:
+            self.probed = original, before
         return records
 
     def _probe_inputs(self, graph: Graph, ctx: Context) -> list[Any] | None:
@@ -230,9 +234,37 @@ class PassManager:
         return result
 
 
-def _floats(graph: Graph, inputs: Sequence[Any]) -> Tensor:
+def probe_output(graph: Graph, inputs: Sequence[Any]) -> Tensor:
+    """Every output of one call, as one float64 vector."""
     outputs = [value for value in graph.run_inputs(inputs) if isinstance(value, Tensor)]
     return torch.cat([value.detach().double().flatten() for value in outputs])
+
+
+def _float_output(graph: Graph, inputs: Sequence[Any]) -> Tensor:
+    """The captured model's output; raises InputError naming the first node that is not finite."""
+    output = probe_output(graph, inputs)
+    if bool(torch.isfinite(output).all()):
+        return output
+
+    def observe(node: fx.Node, value: Any) -> None:
+        is_activation = isinstance(value, Tensor) and not graph.is_constant(node)
+        # -inf is how attention masks say "never": only NaN and what reaches a site is a fault
+        if is_activation and bool(torch.isnan(value).any()):
+            line = source_line(node)
+            raise InputError(
+                f"the model's own output holds NaN or infinity; NaN first at %{node.name}",
+                *([line] if line else []),
+                "expected finite activations: check the sample and the weights",
+                code="not-finite",
+                site=module_path(node),
+            )
+
+    graph.run_inputs(inputs, observe)
+    raise InputError(
+        "the model's own output holds infinity",
+        "expected finite activations: check the sample and the weights",
+        code="not-finite",
+    )
 
 
 def _check_probe(item: Pass, graph: Graph, after: Tensor, error: float) -> None:
@@ -243,7 +275,7 @@ def _check_probe(item: Pass, graph: Graph, after: Tensor, error: float) -> None:
     allowed = numerics.TOLERANCE[getattr(torch, graph.origin.dtype)]
     if item.exact and error > allowed:
         raise VerifyError(
-            f"'{item}' is exact, yet it moved the probe output by {error:.2e} (allowed {allowed:.0e})",
+            f"'{item}' is exact, yet moved the probe output by {error:.2e} (allowed {allowed:.0e})",
             "run the passes one by one to see where: vdqc bisect",
             code="not-exact",
         )
