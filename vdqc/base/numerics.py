@@ -1,4 +1,4 @@
-"""The mathematics that passes, kernels and tests share: scales, codes, packing, error measures.
+"""The mathematics that passes, kernels and tests share: scales, codes, ranges, error measures.
 
 Pure functions on tensors; no graph, no state. Codes are exact integers held in an integer tensor or,
 inside ``fake_quantize``, in the float type of the input.
@@ -106,3 +106,22 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
     if zero_point is not None:
         values = values - (zero_point.unsqueeze(-1) if per_group else zero_point)
     return (values * (scale.unsqueeze(-1) if per_group else scale)).reshape(codes.shape)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """``dequantize(quantize(x))`` bit for bit, rounded to the dtype of x; contiguous.
+
+    Works on one temporary in place: the codes never leave the float type that holds them exactly.
+    """
+    if spec.dtype.is_float:
+        codes = quantize(x, scale, zero_point, spec)
+        return dequantize(codes, scale, zero_point, spec).to(x.dtype).contiguous()
+    per_group = spec.granularity.kind is GranularityKind.GROUP
+    s = scale.unsqueeze(-1) if per_group else scale
+    values = (group_view(x, spec).to(s.dtype) / s).round_()
+    if zero_point is None:
+        values = values.clamp_(spec.qmin, spec.qmax)
+    else:
+        z = zero_point.unsqueeze(-1) if per_group else zero_point
+        values = values.add_(z).clamp_(spec.qmin, spec.qmax).sub_(z)
+    return values.mul_(s).reshape(x.shape).to(x.dtype).contiguous()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdqc.base import numerics
+from vdqc.base import hadamard, numerics
 from vdqc.base.scheme import QuantSpec
 
 
@@ -25,13 +25,12 @@ def fake_quantize(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, sp
     spec       text of a QuantSpec, e.g. ``int8/token/dynamic``
     returns    shape and dtype of ``x``
 
-    Backward: straight through inside the range, zero outside; learned step size for ``scale``.
-    Source: Bengio et al., arXiv 1308.3432 (straight-through); Esser et al., LSQ, arXiv 1902.08153, eq. 3.
+    Backward: straight through inside the range, zero outside; learned step size and offset.
+    Source: Bengio et al., arXiv 1308.3432 (straight-through); Esser et al., LSQ, arXiv 1902.08153,
+    eq. 3 (``scale``); Bhalgat et al., LSQ+, arXiv 2004.09576, eq. 6 (``zero_point``).
     """
     parsed = QuantSpec.parse(spec)
-    s, z = _scale(x, scale, zero_point, parsed)
-    codes = numerics.quantize(x, s, z, parsed)
-    return numerics.dequantize(codes, s, z, parsed).to(x.dtype)
+    return numerics.fake_quantize(x, *_scale(x, scale, zero_point, parsed), parsed)
 
 
 def _scale(
@@ -64,13 +63,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     z = 0 if zero_point is None else (zero_point.unsqueeze(-1) if per_group else zero_point)
     position = view.to(s.dtype) / s + z
     inside = (position >= spec.qmin) & (position <= spec.qmax)
-    slope = torch.where(
-        inside, position.round() - position, position.clamp(spec.qmin, spec.qmax) - z
-    )
-    grad_scale = (slope * g).sum_to_size(s.shape) if ctx.needs_input_grad[1] else None
-    if grad_scale is not None:
-        grad_scale = grad_scale.reshape(scale.shape).to(scale.dtype)
-    return (g * inside).reshape(x.shape), grad_scale, None, None
+    grad_scale = grad_zero = None
+    if ctx.needs_input_grad[1]:
+        clipped = position.clamp(spec.qmin, spec.qmax) - z
+        code = position if spec.dtype.is_float else position.round()
+        slope = torch.where(inside, code - position, clipped) * g
+        grad_scale = slope.sum_to_size(s.shape).reshape(scale.shape).to(scale.dtype)
+    if zero_point is not None and ctx.needs_input_grad[2]:
+        slope = torch.where(inside, 0, -s * g)
+        grad_zero = slope.sum_to_size(s.shape).reshape(zero_point.shape).to(zero_point.dtype)
+    return (g * inside).reshape(x.shape), grad_scale, grad_zero, None
 
 
 fake_quantize.register_autograd(_backward, setup_context=_setup_context)
@@ -89,7 +91,7 @@ def rotate(x: Tensor, signs: Tensor, block: int, inverse: bool = False) -> Tenso
 
     Source: Ashkboos et al., QuaRot, arXiv 2404.00456, section 4; Sylvester and Paley constructions.
     """
-    return numerics.rotate(x, signs, block, inverse)
+    return hadamard.rotate(x, signs, block, inverse)
 
 
 @rotate.register_fake
