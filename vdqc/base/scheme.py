@@ -92,7 +92,7 @@ PerChannel = Granularity(GranularityKind.CHANNEL)
 PerToken = Granularity(GranularityKind.TOKEN)
 
 
-def PerGroup(size: int) -> Granularity:  # noqa: N802 (reads as its three sisters)
+def PerGroup(size: int) -> Granularity:
     """Runs of ``size`` neighbours along the reduced axis share a scale."""
     return Granularity(GranularityKind.GROUP, size)
 

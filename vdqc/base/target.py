@@ -1,7 +1,7 @@
 """Facts of a machine that lowering chooses by: what it multiplies, how fast, how fast it reads.
 
-Peaks are dense (no structured sparsity) and per device; the CPU's are measured on first use, because
-a table could only guess. Source: NVIDIA data sheets for the GPUs.
+Peaks are dense (no structured sparsity). The CPU's are per core, measured on one with AVX512-VNNI
+and AVX512-BF16 but no AMX. Source: NVIDIA data sheets for the GPUs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Target:
 
 
 _ALL = (
-    # Zen 5, one core with VNNI and AVX512-BF16: reference/cpu.md section 0; other CPUs are probed.
+    # register-resident loops on one Zen 5 core
     Target("cpu", "cpu", {"fp32": 0.2, "bf16": 0.4, "int8": 0.8}, 20.0),
     Target("sm80", "cuda", {"fp32": 19.5, "bf16": 312, "int8": 624, "int4": 1248}, 2039, 163 << 10),
     Target("sm89", "cuda", {"fp32": 91, "bf16": 181, "int8": 362, "fp8": 362}, 864, 99 << 10),

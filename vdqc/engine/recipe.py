@@ -93,7 +93,7 @@ def make_pass(name: str, options: Mapping[str, str], table: PassTable) -> Pass:
 
 
 def convert(text: str, kind: Any, where: str) -> Any:
-    """``text`` as a value of type ``kind``: bool, int, float, str, an enum, or one of those or None."""
+    """``text`` as a bool, int, float, str or enum; ``none`` where ``kind`` allows None."""
     if isinstance(kind, types.UnionType):
         if text == "none":
             return None

@@ -1,10 +1,10 @@
-"""Graph: an aten-level program with its weights, its sites and its stage; the only thing passes edit.
+"""Graph: an aten-level program with its weights, its sites and its stage.
 
-The program is a ``torch.fx.GraphModule``: placeholders are the tensors of a call (``Signature`` binds
-them), ``get_attr`` nodes are weights under their original names, everything else is a functional op
-with a fake value in ``meta["val"]``. Edits go through ``call``, ``replace`` and ``set_param``, which
-keep fake values, sites, provenance and weights in step. Weights are shared with the captured model
-and never written in place.
+It is the only thing passes edit. The program is a ``torch.fx.GraphModule``: placeholders are the
+tensors of a call (``Signature`` binds them), ``get_attr`` nodes are weights under their original
+names, everything else is a functional op with a fake value in ``meta["val"]``. Edits go through
+``call``, ``replace`` and ``set_param``, which keep fake values, sites, provenance and weights in
+step. Weights are shared with the captured model and never written in place.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def print_graph(graph: Graph, only: Iterable[fx.Node] | None = None) -> str:
     """The printed IR; ``only`` keeps the lines of these nodes (numbers stay the same)."""
     printer = _Printer(graph)
     wanted = None if only is None else set(only)
-    inputs = ", ".join(f"%{n.name}: {printer.type(n.meta.get('val'))}" for n in graph.inputs)
+    inputs = ", ".join(f"%{n.target}: {printer.type(n.meta.get('val'))}" for n in graph.inputs)
     lines = [
         f"  {printer.line(node)}"
         for node in graph.nodes
@@ -65,7 +65,7 @@ class _Printer:
         index = 0
         for node in graph.nodes:
             if node.op == "placeholder":
-                self.names[node] = f"%{node.name}"
+                self.names[node] = f"%{node.target}"
             elif node.op == "get_attr":
                 self.names[node] = f"@{node.target}"
             else:

@@ -34,7 +34,7 @@ _SIZE_MODULES = ("_operator", "math", "torch", "torch.fx", "torch.utils", "built
 
 
 def verify(graph: Graph) -> None:
-    """Raise VerifyError, with the lines around the node, if a rule of the graph's stage is broken."""
+    """Raise VerifyError, with the lines around the node, if a rule of the stage is broken."""
     graph.module.graph.lint()
     names: set[str] = set()
     for node in graph.nodes:
