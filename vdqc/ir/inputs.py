@@ -80,6 +80,8 @@ def axes_for(class_name: str, config: Config) -> str:
     """Which letters of ``Extent`` may vary for a class under its configuration."""
     if class_name == "WanTransformer3DModel" and config.get("pos_embed_seq_len"):
         return "BFHW"
+    if config.get("use_rotary_positional_embeddings") is False:
+        return "BFHW"
     return AXES.get(class_name, "BFHWL")
 
 
@@ -94,6 +96,8 @@ def extent_for(class_name: str, config: Config) -> Extent:
     while own & {extent.H, extent.W, extent.H + step, extent.W + step} - {None}:
         extent = replace(extent, H=extent.H + step, W=extent.W + step)
     frames = config.get("video_length") if class_name == "LatteTransformer3DModel" else None
+    if config.get("use_rotary_positional_embeddings") is False:
+        extent = replace(extent, L=config["max_text_seq_length"])
     return replace(extent, F=frames) if frames else extent
 
 

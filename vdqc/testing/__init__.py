@@ -1,0 +1,1 @@
+"""For authors of passes: tiny real architectures, IR text and equivalence checks."""
