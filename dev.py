@@ -64,7 +64,7 @@ def has_torch() -> bool:
 
 
 def install_torch() -> None:
-    """The normal build if there is a GPU, else the CPU build from pip's sources or from PyTorch's."""
+    """The normal build if there is a GPU, else the CPU build, from pip's sources or PyTorch's."""
     version = next(
         line
         for line in (ROOT / "constraints.txt").read_text().split()
