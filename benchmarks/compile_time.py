@@ -1,0 +1,158 @@
+"""Time and memory of compiling, by model size: capture and every pass, peak resident memory.
+
+    python benchmarks/compile_time.py --model wan-1.3b --layers 12 --passes rotate,smooth,quant
+    python benchmarks/compile_time.py --model wan-14b --layers 5 10 20 40 --passes rotate,quant \\
+        --scheme w4a8 --work /path/with/70GB
+
+Weights are random and written as safetensors shards, one per block, so that a model larger than
+memory is really read from disk. Each size is compiled in a process of its own; results go to
+``benchmarks/results/cpu/compile_time.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "compile_time.json"
+
+#: Wan2.1 transformer configurations, from the published model configs.
+WAN: dict[str, dict[str, Any]] = {
+    "wan-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960},
+    "wan-14b": {"num_attention_heads": 40, "ffn_dim": 13824},
+}
+
+
+def wan_config(model: str, layers: int) -> dict[str, Any]:
+    """A WanTransformer3DModel configuration as diffusers stores it."""
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": [1, 2, 2],
+        "attention_head_dim": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "num_layers": layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "rope_max_seq_len": 1024,
+        **WAN[model],
+    }
+
+
+def write_random_model(folder: Path, config: dict[str, Any]) -> int:
+    """A diffusers folder with random bfloat16 weights, one shard per block; returns its bytes."""
+    import diffusers
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = diffusers.WanTransformer3DModel.from_config(config)
+    shards: dict[str, list[str]] = {}
+    state = model.state_dict()
+    for name in state:
+        parts = name.split(".")
+        shards.setdefault(parts[1] if parts[0] == "blocks" else "rest", []).append(name)
+    weight_map, total = {}, 0
+    generator = torch.Generator().manual_seed(0)
+    for shard, names in shards.items():
+        file = f"diffusion_pytorch_model-{shard}.safetensors"
+        tensors = {name: random_weight(name, state[name].shape, generator) for name in names}
+        save_file(tensors, folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Ones for norms, Gaussian rows of unit gain for matrices, zeros for biases."""
+    if "norm" in name and name.endswith("weight"):
+        return torch.ones(shape, dtype=torch.bfloat16)
+    if len(shape) < 2:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+    weight = torch.empty(shape, dtype=torch.bfloat16)
+    return weight.normal_(0, (weight[0].numel()) ** -0.5, generator=generator)
+
+
+def compile_once(folder: Path, out: Path, passes: str, scheme: str) -> dict[str, Any]:
+    """Compile in this process; seconds, peak resident GiB and seconds per pass."""
+    import vdqc
+
+    start = time.perf_counter()
+    artifact = vdqc.compile(folder, passes=passes, scheme=scheme, target="cpu", out=out)
+    seconds = time.perf_counter() - start
+    manifest = json.loads((Path(artifact.path) / "manifest.json").read_text())
+    return {
+        "seconds": round(seconds, 1),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "artifact_bytes": sum(file.stat().st_size for file in Path(artifact.path).rglob("*")),
+        "passes": {record["text"]: round(record["seconds"], 1) for record in manifest["passes"]},
+    }
+
+
+def measure(arguments: argparse.Namespace, layers: int, work: Path) -> dict[str, Any]:
+    """Write the model, compile it in a fresh process, delete both."""
+    folder, out = work / "model", work / "out"
+    size = write_random_model(folder, wan_config(arguments.model, layers))
+    command = [sys.executable, __file__, "--child", str(folder), str(out)]
+    command += ["--passes", arguments.passes, "--scheme", arguments.scheme]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    shutil.rmtree(folder)
+    shutil.rmtree(out)
+    return {"layers": layers, "weight_bytes": size, **json.loads(result.stdout.splitlines()[-1])}
+
+
+def main() -> None:
+    """Parse, measure each size, print a table, merge the results into the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(WAN), default="wan-1.3b")
+    parser.add_argument("--layers", type=int, nargs="+", default=[12])
+    parser.add_argument("--passes", default="rotate,smooth,quant")
+    parser.add_argument("--scheme", default="w8a8")
+    parser.add_argument("--work", type=Path, default=None)
+    parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(compile_once(*arguments.child, arguments.passes, arguments.scheme)))
+        return
+    rows = []
+    for layers in arguments.layers:
+        with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+            row = measure(arguments, layers, Path(work))
+        rows.append(row)
+        print(
+            f"{arguments.model} {layers:3d} layers  {row['weight_bytes'] / 2**30:6.1f} GiB"
+            f"  {row['seconds']:7.1f} s  peak {row['peak_rss_gib']:5.2f} GiB",
+            flush=True,
+        )
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    key = f"{arguments.model} {arguments.passes} {arguments.scheme}"
+    known[key] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
