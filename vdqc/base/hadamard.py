@@ -1,8 +1,9 @@
 """Hadamard matrices of every order a width can be built from, and rotations made of them.
 
-A Hadamard matrix H has entries +1 and -1 and H·Hᵀ = m·I. Orders come from three constructions: doubling
-(Sylvester), q + 1 for a prime q = 3 mod 4 (Paley I), and 2(q + 1) for q = 1 mod 4, where q is a prime
-or the square of one (Paley II). A wide rotation is a Kronecker product of two of them, applied as two small matmuls.
+A Hadamard matrix H has entries +1 and -1 and H·Hᵀ = m·I. Orders come from three constructions:
+doubling (Sylvester), q + 1 for a prime q = 3 mod 4 (Paley I), and 2(q + 1) for q = 1 mod 4, where q
+is a prime or the square of one (Paley II). A wide rotation is a Kronecker product of two of them,
+applied as two small matmuls.
 
 Source: Paley, "On Orthogonal Matrices", J. Math. Phys. 12 (1933); Sylvester, Phil. Mag. 34 (1867).
 """
@@ -57,7 +58,7 @@ def hadamard(order: int) -> Tensor:
 
 
 def largest_order(limit: int, divides: int = 0) -> int:
-    """The largest constructible order up to ``limit`` that divides ``divides`` (0: any); at least 1."""
+    """The largest order up to ``limit`` that divides ``divides`` (0: any); at least 1."""
     return next(n for n in range(limit, 0, -1) if divides % n == 0 and is_order(n))
 
 
@@ -93,7 +94,7 @@ def rotate(x: Tensor, signs: Tensor, block: int, inverse: bool = False) -> Tenso
     block   H is block diagonal of K / block normalised Hadamard matrices of this order
     returns shape and dtype of x, contiguous
 
-    Raises InputError if ``block`` does not divide K or has no construction. K·K values are never held.
+    Raises InputError if ``block`` does not divide K or has no construction. Never holds K·K values.
     """
     width = x.shape[-1]
     pair = factors(block) if block > 0 and width % block == 0 else None
@@ -129,7 +130,8 @@ def _is_prime(n: int) -> bool:
 def _characters(p: int, degree: int) -> Tensor:
     """int8[q, q] with the quadratic character of a - b: 0, +1 for a square, -1 for the rest.
 
-    In GF(p²) = GF(p)[w], w² = n no square, an element is a square if its norm a² - n·b² is one in GF(p).
+    In GF(p²) = GF(p)[w], w² = n no square, an element a + b·w is a square if its norm a² - n·b² is
+    one in GF(p).
     """
     squares = {i * i % p for i in range(1, p)}
     legendre = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, p)]).to(torch.int8)

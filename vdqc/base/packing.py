@@ -1,10 +1,10 @@
 """Sub-byte codes, dense in bytes: ceil(bits · K / 8) bytes a row, exact both ways.
 
-A row of b-bit codes is stored as parts whose widths are powers of two (7 = 4 + 2 + 1), the high bits first. A
-part of w bits holds 8 / w columns in a byte, split along K: byte j of a 4-bit part holds column j in its low
-half and column j + K/2 in its high half, so that unpacking is shifts and one concatenation, never a shuffle
-of neighbours (measured 3x faster than interleaved nibbles on a CPU). If 8 does not divide K, the last K mod 8
-columns follow as one little-endian number.
+A row of b-bit codes is stored as parts whose widths are powers of two (7 = 4 + 2 + 1), the high
+bits first. A part of w bits holds 8 / w columns in a byte, split along K: byte j of a 4-bit part
+holds column j in its low half and column j + K/2 in its high half, so that unpacking is shifts and
+one concatenation, never a shuffle of neighbours (measured 3x faster than interleaved nibbles on a
+CPU). If 8 does not divide K, the last K mod 8 columns follow as one little-endian number.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def packed_bytes(bits: int, width: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8[N, ceil(bits · K / 8)] from codes int8 or uint8[N, K] of ``bits`` bits, two's complement.
+    """uint8[N, ceil(bits · K / 8)] from int8 or uint8[N, K] codes of ``bits`` bits.
 
-    Raises InputError if a code does not fit.
+    Negative codes are stored as two's complement. Raises InputError if a code does not fit.
     """
     _check(codes, bits)
     rows, width = codes.shape
@@ -83,7 +83,7 @@ def _check(codes: Tensor, bits: int) -> None:
 
 
 def _pack_part(values: Tensor, part: int) -> Tensor:
-    """Values below 2**part, K of them a row, to K · part / 8 bytes: run i of the columns in bits i·part."""
+    """K values below 2**part a row, to K · part / 8 bytes: columns' run i in bits i · part."""
     packed = torch.zeros_like(values[:, : values.shape[-1] * part // 8])
     for index, run in enumerate(values.chunk(8 // part, dim=-1)):
         packed |= run << (index * part)

@@ -6,6 +6,7 @@ Text and objects convert both ways: ``parse_passes("rotate,smooth{alpha=0.6}", t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import importlib
@@ -93,11 +94,17 @@ def make_pass(name: str, options: Mapping[str, str], table: PassTable) -> Pass:
 
 
 def convert(text: str, kind: Any, where: str) -> Any:
-    """``text`` as a bool, int, float, str or enum; ``none`` where ``kind`` allows None."""
+    """``text`` as a bool, int, float, str or enum; ``none`` where ``kind`` allows None.
+
+    Of several kinds (``int | str``) the first that can read the text is taken.
+    """
     if isinstance(kind, types.UnionType):
-        if text == "none":
+        if text == "none" and types.NoneType in kind.__args__:
             return None
-        kind = next(part for part in kind.__args__ if part is not type(None))
+        *others, kind = (part for part in kind.__args__ if part is not types.NoneType)
+        for other in others:
+            with contextlib.suppress(ConfigError):
+                return convert(text, other, where)
     if kind is bool:
         if text not in ("true", "false"):
             raise ConfigError(f"{where}: expected true or false, got '{text}'")

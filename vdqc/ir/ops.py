@@ -111,3 +111,6 @@ def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 rotate.register_autograd(_rotate_backward, setup_context=_rotate_setup)
+
+FAKE_QUANTIZE = torch.ops.vdqc.fake_quantize.default
+ROTATE = torch.ops.vdqc.rotate.default

@@ -1,0 +1,40 @@
+"""What several passes share: the quantised peers of a group and the edits in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from vdqc.ir.graph import Graph
+from vdqc.ir.site import Site
+
+
+def quantised_groups(graph: Graph, select: str = "*") -> list[list[Site]]:
+    """Groups of peers, less the sites that stay in float; in program order, none empty."""
+    groups = [
+        [site for site in group if site.scheme is not None and not site.scheme.is_none]
+        for group in graph.groups(select)
+    ]
+    return [group for group in groups if group]
+
+
+def param_name(site: Site, leaf: str) -> str:
+    """Name for a parameter of ``site`` that no module of the model has: ``blocks.0.fc1.smooth``."""
+    return f"{site.name.replace('#', '_')}.{leaf}"
+
+
+def feed(graph: Graph, peers: Sequence[Site], op: Any, *args: Any) -> fx.Node:
+    """Insert ``op(input, *args)`` once, before the first of ``peers``, for all of them to read."""
+    value = graph.call(op, peers[0].input, *args, before=peers[0].node)
+    for site in peers:
+        graph.set_operand(site.node, 0, value)
+    return value
+
+
+def wrap_weight(graph: Graph, site: Site, op: Any, *args: Any) -> fx.Node:
+    """Let ``site`` read ``op(weight, *args)``; other readers of the weight keep it as it is."""
+    value = graph.call(op, site.weight, *args, before=site.node)
+    graph.set_operand(site.node, 1, value)
+    return value
