@@ -23,6 +23,7 @@ LAYERS = [
     (1, ["vdqc.base.scheme"]),
     (2, ["vdqc.base.*"]),
     (3, ["vdqc.ir.ops"]),
+    (5, ["vdqc.kernels.base", "vdqc.kernels.integer"]),
     (5, ["vdqc.ir.program", "vdqc.ir.artifact", "vdqc.engine.*", "vdqc.engine"]),
     (4, ["vdqc.ir.*", "vdqc.ir"]),
     (6, ["vdqc.passes.*", "vdqc.kernels.*"]),

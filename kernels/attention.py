@@ -1,0 +1,111 @@
+"""Dense exact attention: softmax(q kᵀ scale + mask) v.
+
+================== =============================== ==========================================
+query              float[B, H, S, D]
+key, value         float[B, H, T, D], [B, H, T, E]
+mask               None, bool or float             broadcasts to [B, H, S, T]; True = attend
+scale              float                           usually D^-0.5
+result             float[B, H, S, E]               dtype of query
+================== =============================== ==========================================
+
+On a CPU torch's own attention multiplies at 75 to 90 GFLOP/s a core in every dtype, bfloat16
+matmuls at 400. So scores are computed for a chunk of queries of one head at a time, into a buffer
+that stays in cache: matmul, softmax, matmul. Measured 3.2 times as fast at S = T = 4096, D = 128
+(2.3 at D = 64). Nothing is dropped and no value is approximated except by the rounding of scores to
+bfloat16.
+
+Error: bfloat16: scores and probabilities rounded once, relative RMS 0.005 against float32 (torch's
+own: 0.003). float32: equal up to the order of sums.
+Source: measured; Rabe and Staats, arXiv 2112.05682 (query chunks).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vdqc.base.target import Target
+from vdqc.kernels.base import FLOAT_FORMAT, AttentionProblem, Cost, define
+
+#: Bytes of one chunk of scores: small enough for a last-level cache, large enough for full matmuls.
+CHUNK_BYTES = 4 << 20
+#: Fewer scores than this per head are not worth the calls of a chunk.
+MIN_SCORES = 128 * 128
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """The truth: torch's scaled_dot_product_attention."""
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale
+    ).contiguous()
+
+
+def _cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    if query.dtype != torch.bfloat16 or queries * keys < MIN_SCORES or key.shape[1] != heads:
+        return attention(query, key, value, mask, scale)
+    rows = max(64, CHUNK_BYTES // (keys * query.element_size()) // 64 * 64)
+    rows = min(rows, queries)
+    q = (query * scale).reshape(batch * heads, queries, -1)
+    k = key.reshape(batch * heads, keys, -1)
+    v = value.reshape(batch * heads, keys, -1)
+    if mask is not None:
+        mask = _additive(mask, query.dtype).expand(batch, heads, -1, -1)
+    out = query.new_empty(batch * heads, queries, value.shape[-1])
+    scores = query.new_empty(rows, keys)
+    # a query that may attend to nothing gets zeros, as from torch's own attention
+    softmax = torch.softmax if mask is None else torch.ops.aten._safe_softmax.default
+    for head in range(batch * heads):
+        for start in range(0, queries, rows):
+            stop = min(start + rows, queries)
+            part = scores[: stop - start]
+            torch.mm(q[head, start:stop], k[head].T, out=part)
+            if mask is not None:
+                own = mask[head // heads, head % heads]
+                part += own if own.shape[0] == 1 else own[start:stop]
+            torch.mm(softmax(part, -1), v[head], out=out[head, start:stop])
+    return out.reshape(batch, heads, queries, -1)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float mask of four axes; False becomes minus infinity."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return mask.reshape([1] * (4 - mask.ndim) + list(mask.shape))
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return query.new_empty([*query.shape[:-1], value.shape[-1]])
+
+
+def _supports(problem: AttentionProblem, target: Target) -> str | None:
+    if target.device != "cpu":
+        return None
+    if problem.dtype != torch.bfloat16:
+        return f"{str(problem.dtype).removeprefix('torch.')} matmuls are no faster than torch's own"
+    if problem.queries * problem.keys < MIN_SCORES:
+        return f"{problem.queries} x {problem.keys} scores are too few to chunk"
+    return None
+
+
+def _cost(problem: AttentionProblem) -> Cost:
+    scores = float(problem.batch * problem.heads * problem.queries * problem.keys)
+    form = FLOAT_FORMAT[problem.dtype]
+    # one softmax element costs about as much as 60 operations of the bfloat16 unit
+    ops = {form: scores * (4 * problem.width + (240 if form == "bf16" else 120))}
+    return Cost(ops, scores * 2 * problem.dtype.itemsize, launch_us=20.0 * problem.heads)
+
+
+def torch_attention_cost(problem: AttentionProblem) -> Cost:
+    """What torch's own attention costs on a CPU: 40 % of the fp32 peak in every dtype."""
+    scores = float(problem.batch * problem.heads * problem.queries * problem.keys)
+    return Cost({"fp32": scores * 4 * problem.width * 2.5}, 0.0)
+
+
+ATTENTION = define(
+    "attention", reference=attention, fake=_fake, cpu=_cpu, supports=_supports, cost=_cost
+)

@@ -1,0 +1,131 @@
+"""Kernel: one op of the ``vdqc_kernels::`` dialect, its truth, its routes and its price.
+
+``define`` registers the op with torch (functional: nothing is mutated) and returns the description
+that lowering chooses by. The reference runs wherever no faster route is registered; a GPU route is
+added under the same name for dispatch key CUDA, so the graph does not change between machines.
+Schemas speak of codes, scales and zero points only: integer results are equal on every target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+
+from vdqc.base.scheme import QuantSpec
+from vdqc.base.target import Target
+
+
+@final
+@dataclass(frozen=True)
+class LinearProblem:
+    """One linear to compute: ``[m, k] x [n, k]^T`` in a model of dtype ``dtype``.
+
+    Attributes:
+        weight, input: how the operands are quantised; None for float.
+        integer_groups: group scales are whole multiples of one scale per output channel.
+    """
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    weight: QuantSpec | None
+    input: QuantSpec | None
+    integer_groups: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class AttentionProblem:
+    """One attention: ``queries`` x ``keys`` scores for each of ``batch * heads``, ``width``
+    channels.
+    """
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    width: int
+    dtype: torch.dtype
+    masked: bool = False
+
+
+Problem = LinearProblem | AttentionProblem
+
+
+@final
+@dataclass(frozen=True)
+class Cost:
+    """What one call does; ``us`` prices it on a machine.
+
+    Attributes:
+        ops: multiplications and additions, by format (``int8``, ``bf16``, ``fp32``).
+        bytes: read and written in main memory.
+        launch_us: fixed time of a call.
+    """
+
+    ops: Mapping[str, float]
+    bytes: float
+    launch_us: float = 5.0
+
+    def us(self, target: Target) -> float:
+        """Roofline time in microseconds; a format without a unit on ``target`` runs as fp32."""
+        slowest = target.peak["fp32"]
+        compute = sum(n / target.peak.get(form, slowest) for form, n in self.ops.items()) * 1e-6
+        return self.launch_us + max(compute, self.bytes / target.bandwidth * 1e-3)
+
+
+#: Peak format in which a float dtype is multiplied.
+FLOAT_FORMAT: Mapping[torch.dtype, str] = {
+    torch.float64: "fp32",
+    torch.float32: "fp32",
+    torch.float16: "bf16",
+    torch.bfloat16: "bf16",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Kernel:
+    """One op; the functions are those given to ``define``.
+
+    Attributes:
+        supports: why a problem cannot run on a target, or None if it can.
+        cost: what a problem costs.
+        spelled: the same function in plain torch ops, around opaque ones where needed, for targets
+            (keys are device types) whose compiler fuses it with its neighbours.
+    """
+
+    name: str
+    op: torch._ops.OpOverload
+    reference: Callable[..., Any]
+    supports: Callable[[Any, Target], str | None]
+    cost: Callable[[Any], Cost]
+    spelled: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+def define(
+    name: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    supports: Callable[[Any, Target], str | None] = lambda problem, target: None,
+    cost: Callable[[Any], Cost] = lambda problem: Cost({}, 0.0),
+    spelled: Mapping[str, Callable[..., Any]] | None = None,
+) -> Kernel:
+    """Register ``vdqc_kernels::<name>`` and describe it.
+
+    reference  torch code that defines the result; its annotations are the schema
+    fake       shapes and dtypes of the result, for tracing
+    cpu        the fastest route on a CPU, if it is not the reference
+    """
+    op = torch.library.custom_op(f"vdqc_kernels::{name}", reference, mutates_args=())
+    op.register_fake(fake)
+    if cpu is not None:
+        op.register_kernel("cpu", cpu)
+    overload = getattr(torch.ops.vdqc_kernels, name).default
+    return Kernel(name, overload, reference, supports, cost, spelled or {})

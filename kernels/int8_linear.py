@@ -1,0 +1,109 @@
+"""Linear with int8 weights and int8 activations, one scale per row of each.
+
+================== =================== =============================================
+codes              i8[..., K]           activations, A4 to A8 (a narrower range)
+scale              f32[..., 1] or [1]   of the codes
+zero_point         i32 like scale, None asymmetric activations
+weight             i8[N, K]             W8, or any narrower code kept wide
+weight_scale       f32[N]
+weight_zero_point  i32[N], None         asymmetric weights
+weight_sum         i32[N], None         sum of ``weight`` over K; needed with zero_point
+bias               float[N], None
+result             dtype[..., N]
+================== =================== =============================================
+
+``y = (sum_k (a - za)(w - zw)) * s_a * s_w + b``: zero points are corrections of rank one, in
+integers.
+
+Error: integer part exact; one rounding to float32 (sums beyond 2^24), two products, one rounding to
+``dtype``. The float graph rounds both operands to ``dtype`` first, so this is the more exact one.
+Source: Jacob et al., arXiv 1712.05877, section 2.3 (zero points as rank-one corrections).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vdqc.base.target import Target
+from vdqc.kernels.base import Cost, LinearProblem, define
+from vdqc.kernels.integer import INT8_MATMUL, MAX_K, corrected, flat_rows, int8_matmul, scaled
+
+
+def int8_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The truth: see the module's text."""
+    total = int8_matmul(flat_rows(codes), weight).reshape(*codes.shape[:-1], weight.shape[0])
+    total = corrected(total, codes, zero_point, weight_zero_point, weight_sum)
+    return scaled(total, scale, weight_scale, bias, dtype)
+
+
+def _spelled(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    total = INT8_MATMUL.op(flat_rows(codes), weight)
+    total = total.reshape(*codes.shape[:-1], weight.shape[0])
+    total = corrected(total, codes, zero_point, weight_zero_point, weight_sum)
+    return scaled(total, scale, weight_scale, bias, dtype)
+
+
+def _fake(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty([*codes.shape[:-1], weight.shape[0]], dtype=dtype)
+
+
+def _supports(problem: LinearProblem, target: Target) -> str | None:
+    if problem.weight is None or problem.input is None:
+        return "an operand is in float"
+    if problem.weight.dtype.is_float or problem.input.dtype.is_float:
+        return f"{problem.weight.dtype} is not an integer format"
+    if problem.weight.dtype.bits < 8:
+        return "narrower weights stay packed"
+    if problem.weight.granularity.size:
+        return "weights scaled per group"
+    if "int8" not in target.peak:
+        return f"{target} has no int8 multiply"
+    return None if 0 < problem.k <= MAX_K else f"K = {problem.k} is outside 1 ... {MAX_K}"
+
+
+def _cost(problem: LinearProblem) -> Cost:
+    m, n, k = problem.m, problem.n, problem.k
+    size = problem.dtype.itemsize
+    return Cost({"int8": 2.0 * m * n * k}, n * k + m * k * (size + 2) + m * n * (8 + size))
+
+
+INT8_LINEAR = define(
+    "int8_linear",
+    reference=int8_linear,
+    fake=_fake,
+    cpu=_spelled,
+    supports=_supports,
+    cost=_cost,
+    spelled={"cpu": _spelled},
+)

@@ -1,0 +1,113 @@
+"""The exact integer matmul that every quantised linear rests on, and the arithmetic around it.
+
+``int8_matmul``: ``codes i8[M, K], weight i8[N, K] -> i32[M, N]``; ``packed_matmul`` unpacks 2 to
+7-bit weights first, once per call. On a CPU both are ``torch._int_mm``. They are opaque to the
+compiler on purpose: Inductor, when it sees ``_int_mm`` under a scale, rewrites it into an oneDNN
+call that runs a reference loop on machines without AMX (measured 500 times slower), and it compiles
+the shifts of an unpack badly (measured 3 to 5 times slower than eager).
+
+Error: none while K <= 131072 (127 * 127 * K < 2^31).
+Source: oneDNN through torch; measured at the peak of AVX512-VNNI for M >= 1024.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vdqc.base.packing import unpack
+from vdqc.kernels.base import define
+
+#: Greatest K for which every intermediate of a corrected sum fits an int32.
+MAX_K = 32768
+
+
+def int8_matmul(codes: Tensor, weight: Tensor) -> Tensor:
+    """The sums of products, in 64-bit arithmetic on the way."""
+    return (codes.double() @ weight.double().T).to(torch.int32)
+
+
+def _int8_matmul_cpu(codes: Tensor, weight: Tensor) -> Tensor:
+    if codes.numel() == 0 or weight.numel() == 0:
+        return codes.new_zeros(codes.shape[0], weight.shape[0], dtype=torch.int32)
+    return torch._int_mm(codes, weight.T)
+
+
+def _fake_matmul(codes: Tensor, weight: Tensor) -> Tensor:
+    return codes.new_empty(codes.shape[0], weight.shape[0], dtype=torch.int32)
+
+
+def unpack_weight(packed: Tensor, bits: int, width: int, multiplier: Tensor | None) -> Tensor:
+    """int8[N, width] from packed codes, each group of columns times ``multiplier`` i8[N, groups]."""
+    weight = unpack(packed, bits, width)
+    if multiplier is None:
+        return weight
+    return (weight.unflatten(-1, (multiplier.shape[-1], -1)) * multiplier.unsqueeze(-1)).flatten(-2)
+
+
+def packed_matmul(codes: Tensor, packed: Tensor, bits: int, multiplier: Tensor | None) -> Tensor:
+    """``codes i8[M, K], packed u8[N, bits K / 8] -> i32[M, N]``, |code * multiplier| <= 127."""
+    return int8_matmul(codes, unpack_weight(packed, bits, codes.shape[1], multiplier))
+
+
+def _packed_matmul_cpu(
+    codes: Tensor, packed: Tensor, bits: int, multiplier: Tensor | None
+) -> Tensor:
+    return _int8_matmul_cpu(codes, unpack_weight(packed, bits, codes.shape[1], multiplier))
+
+
+def _fake_packed(codes: Tensor, packed: Tensor, bits: int, multiplier: Tensor | None) -> Tensor:
+    return _fake_matmul(codes, packed)
+
+
+INT8_MATMUL = define("int8_matmul", reference=int8_matmul, fake=_fake_matmul, cpu=_int8_matmul_cpu)
+PACKED_MATMUL = define(
+    "packed_matmul", reference=packed_matmul, fake=_fake_packed, cpu=_packed_matmul_cpu
+)
+
+
+def dequantize_weight(
+    packed: Tensor, bits: int, width: int, weight_scale: Tensor, weight_zero_point: Tensor | None
+) -> Tensor:
+    """scale.dtype[N, width] = (code - zero point) * scale; scale and zero point ``[N, groups]``."""
+    codes = unpack(packed, bits, width).to(weight_scale.dtype)
+    codes = codes.unflatten(-1, (weight_scale.shape[-1], -1))
+    if weight_zero_point is not None:
+        codes = codes - weight_zero_point.unsqueeze(-1)
+    return (codes * weight_scale.unsqueeze(-1)).flatten(-2)
+
+
+def corrected(
+    total: Tensor,
+    codes: Tensor,
+    zero_point: Tensor | None,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+) -> Tensor:
+    """Sum over k of (a - za)(w - zw) from ``total`` = sum of a w, all in int32.
+
+    codes i8[M, K], zero_point i32[M | 1, 1], weight_zero_point i32[N], weight_sum i32[N] (sum of w
+    over k). A sum that wraps on the way is right in the end, because the result fits (K <= MAX_K).
+    """
+    if zero_point is not None:
+        assert weight_sum is not None
+        shifted = weight_sum
+        if weight_zero_point is not None:
+            shifted = weight_sum - codes.shape[-1] * weight_zero_point
+        total = total - zero_point * shifted
+    if weight_zero_point is not None:
+        total = total - codes.sum(-1, keepdim=True, dtype=torch.int32) * weight_zero_point
+    return total
+
+
+def scaled(
+    total: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``total * scale * weight_scale + bias`` in the dtype of the scales, rounded to ``dtype``."""
+    value = total.to(scale.dtype) * scale * weight_scale
+    return (value if bias is None else value + bias).to(dtype)
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """``[..., K]`` as ``[M, K]``."""
+    return x.reshape(-1, x.shape[-1])

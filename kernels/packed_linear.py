@@ -1,0 +1,115 @@
+"""Linear with 2 to 7-bit weights kept packed, int8 activations.
+
+Operands as ``int8_linear``, except
+
+================== ======================= ===================================================
+packed             u8[N, ceil(bits K / 8)]  ``vdqc.base.packing``: parts split along K
+multiplier         i8[N, groups], None      whole-number scale of each group of K / groups columns
+================== ======================= ===================================================
+
+Group scales that are whole multiples of one scale per output channel (|code * multiplier| <= 127)
+stay in integers: the GEMM runs once over all of K. Other group scales go to ``group_linear``.
+
+Error: as ``int8_linear``; the integer part is exact.
+Source: Lin et al., QServe, arXiv 2405.04532, section 4.1 (progressive group scales).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vdqc.base.packing import packed_bytes
+from vdqc.base.target import Target
+from vdqc.kernels.base import Cost, LinearProblem, define
+from vdqc.kernels.integer import MAX_K, PACKED_MATMUL, corrected, flat_rows, packed_matmul, scaled
+
+
+def packed_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    packed: Tensor,
+    bits: int,
+    multiplier: Tensor | None,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The truth: see the module's text."""
+    total = packed_matmul(flat_rows(codes), packed, bits, multiplier)
+    total = total.reshape(*codes.shape[:-1], packed.shape[0])
+    total = corrected(total, codes, zero_point, weight_zero_point, weight_sum)
+    return scaled(total, scale, weight_scale, bias, dtype)
+
+
+def _spelled(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    packed: Tensor,
+    bits: int,
+    multiplier: Tensor | None,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    total = PACKED_MATMUL.op(flat_rows(codes), packed, bits, multiplier)
+    total = total.reshape(*codes.shape[:-1], packed.shape[0])
+    total = corrected(total, codes, zero_point, weight_zero_point, weight_sum)
+    return scaled(total, scale, weight_scale, bias, dtype)
+
+
+def _fake(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    packed: Tensor,
+    bits: int,
+    multiplier: Tensor | None,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty([*codes.shape[:-1], packed.shape[0]], dtype=dtype)
+
+
+def _supports(problem: LinearProblem, target: Target) -> str | None:
+    if problem.weight is None or problem.input is None:
+        return "an operand is in float"
+    if problem.weight.dtype.is_float or problem.input.dtype.is_float:
+        return f"{problem.weight.dtype} is not an integer format"
+    if problem.weight.dtype.bits == 8:
+        return "8-bit weights have nothing to unpack"
+    if problem.weight.granularity.size and not problem.integer_groups:
+        return "group scales are not whole multiples of a scale per channel"
+    if "int8" not in target.peak:
+        return f"{target} has no int8 multiply"
+    return None if 0 < problem.k <= MAX_K else f"K = {problem.k} is outside 1 ... {MAX_K}"
+
+
+def _cost(problem: LinearProblem) -> Cost:
+    assert problem.weight is not None
+    m, n, k = problem.m, problem.n, problem.k
+    size = problem.dtype.itemsize
+    # unpacking writes and reads int8[N, K], twice with group multipliers
+    passes = 4 if problem.weight.granularity.size else 2
+    weight = n * packed_bytes(problem.weight.dtype.bits, k) + passes * n * k
+    return Cost({"int8": 2.0 * m * n * k}, weight + m * k * (size + 2) + m * n * (8 + size))
+
+
+PACKED_LINEAR = define(
+    "packed_linear",
+    reference=packed_linear,
+    fake=_fake,
+    cpu=_spelled,
+    supports=_supports,
+    cost=_cost,
+    spelled={"cpu": _spelled},
+)

@@ -1,0 +1,107 @@
+"""Codes and scales of activations, computed at run time or with a scale from calibration.
+
+=================== =======================================================================
+quantize_rows       ``x[..., K] -> codes i8[..., K], scale[..., 1]``, one scale per row or
+                    per tensor (then ``scale[1, ..., 1]``)
+quantize_rows_asym  the same with ``zero_point i32[..., 1]``
+quantize_static     ``x[..., K], scale, zero_point -> codes i8[..., K]``
+=================== =======================================================================
+
+Unsigned codes 0 ... 2^b - 1 are kept as signed ones, code - 2^(b-1), with the zero point moved
+along, so that one signed GEMM serves both. Scales are float32 (float64 for a float64 input).
+
+Error: none; the codes equal those of ``vdqc::fake_quantize``.
+Source: dynamic per-token scales: Yao et al., ZeroQuant, arXiv 2206.01861, section 3.1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vdqc.base.numerics import MIN_SCALE
+from vdqc.kernels.base import define
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def quantize_rows(x: Tensor, qmax: int, per_tensor: bool) -> tuple[Tensor, Tensor]:
+    """Symmetric: scale = max|x| / qmax, codes = round-half-even(x / scale)."""
+    wide = _wide(x)
+    top = wide.abs().amax() if per_tensor else wide.abs().amax(-1, keepdim=True)
+    scale = (top / qmax).clamp_min(MIN_SCALE)
+    if per_tensor:
+        scale = scale.reshape([1] * x.ndim)
+    codes = (wide / scale).round().clamp(-qmax, qmax).to(torch.int8)
+    return codes, scale
+
+
+def _fake_rows(x: Tensor, qmax: int, per_tensor: bool) -> tuple[Tensor, Tensor]:
+    return _codes_like(x), _scale_like(x, per_tensor)
+
+
+def quantize_rows_asym(x: Tensor, bits: int, per_tensor: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric over [min(x, 0), max(x, 0)]; codes and zero point are shifted by -2^(bits - 1)."""
+    wide, qmax = _wide(x), 2**bits - 1
+    if per_tensor:
+        low = wide.amin().reshape([1] * x.ndim).clamp_max(0)
+        high = wide.amax().reshape([1] * x.ndim).clamp_min(0)
+    else:
+        low = wide.amin(-1, keepdim=True).clamp_max(0)
+        high = wide.amax(-1, keepdim=True).clamp_min(0)
+    scale = ((high - low) / qmax).clamp_min(MIN_SCALE)
+    zero_point = (-low / scale).round().clamp(0, qmax)
+    codes = ((wide / scale).round() + zero_point).clamp(0, qmax) - 2 ** (bits - 1)
+    return codes.to(torch.int8), scale, (zero_point - 2 ** (bits - 1)).to(torch.int32)
+
+
+def _fake_rows_asym(x: Tensor, bits: int, per_tensor: bool) -> tuple[Tensor, Tensor, Tensor]:
+    scale = _scale_like(x, per_tensor)
+    return _codes_like(x), scale, torch.empty_like(scale, dtype=torch.int32)
+
+
+def quantize_static(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+) -> Tensor:
+    """Codes for a known scale; ``zero_point`` (i32) and the code range are already shifted."""
+    codes = (x.to(scale.dtype) / scale).round()
+    if zero_point is not None:
+        codes = codes + zero_point
+    return codes.clamp(qmin, qmax).to(torch.int8)
+
+
+def _fake_static(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+) -> Tensor:
+    return _codes_like(x)
+
+
+def _codes_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+def _scale_like(x: Tensor, per_tensor: bool) -> Tensor:
+    shape = [1] * x.ndim if per_tensor else [*x.shape[:-1], 1]
+    return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+QUANTIZE_ROWS = define(
+    "quantize_rows",
+    reference=quantize_rows,
+    fake=_fake_rows,
+    spelled={"cpu": quantize_rows},
+)
+QUANTIZE_ROWS_ASYM = define(
+    "quantize_rows_asym",
+    reference=quantize_rows_asym,
+    fake=_fake_rows_asym,
+    spelled={"cpu": quantize_rows_asym},
+)
+QUANTIZE_STATIC = define(
+    "quantize_static",
+    reference=quantize_static,
+    fake=_fake_static,
+    spelled={"cpu": quantize_static},
+)

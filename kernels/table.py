@@ -1,0 +1,17 @@
+"""The kernels by name, ``module:CONSTANT``; listing names imports nothing."""
+
+from collections.abc import Mapping
+
+KERNELS: Mapping[str, str] = {
+    "quantize_rows": "vdqc.kernels.quantize_rows:QUANTIZE_ROWS",
+    "quantize_rows_asym": "vdqc.kernels.quantize_rows:QUANTIZE_ROWS_ASYM",
+    "quantize_static": "vdqc.kernels.quantize_rows:QUANTIZE_STATIC",
+    "int8_matmul": "vdqc.kernels.integer:INT8_MATMUL",
+    "packed_matmul": "vdqc.kernels.integer:PACKED_MATMUL",
+    "int8_linear": "vdqc.kernels.int8_linear:INT8_LINEAR",
+    "packed_linear": "vdqc.kernels.packed_linear:PACKED_LINEAR",
+    "group_linear": "vdqc.kernels.group_linear:GROUP_LINEAR",
+    "weight_only_linear": "vdqc.kernels.weight_only_linear:WEIGHT_ONLY_LINEAR",
+    "rotation": "vdqc.kernels.rotation:ROTATION",
+    "attention": "vdqc.kernels.attention:ATTENTION",
+}

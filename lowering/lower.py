@@ -1,0 +1,231 @@
+"""Lowering: a compressed graph to aten and ``vdqc_kernels::`` ops, weights packed site by site.
+
+::
+
+    %x  = vdqc.fake_quantize(%0, None, None, 'int8/token/dynamic')
+    %w  = vdqc.fake_quantize(@fc1.weight, @fc1.weight_scale, None, 'int8/channel')
+    %y  = aten.linear(%x, %w, @fc1.bias)
+    -->
+    %c  = vdqc_kernels.quantize_rows(%0, 127, False)
+    %y  = vdqc_kernels.int8_linear(%c[0], %c[1], None, @fc1.kernel.weight, ..., @fc1.bias, bf16)
+
+Codes are those of ``fake_quantize``, so the result equals the compressed graph's up to float
+rounding. A site that no kernel supports runs in plain aten, with a warning that names it and the
+reason.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from vdqc.base.diagnostics import Diagnostics, LoweringError
+from vdqc.base.scheme import GranularityKind
+from vdqc.base.target import Target
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.ops import FAKE_QUANTIZE, ROTATE
+from vdqc.ir.site import SiteKind, set_note
+from vdqc.ir.verifier import verify
+from vdqc.kernels.attention import ATTENTION
+from vdqc.kernels.group_linear import GROUP_LINEAR
+from vdqc.kernels.int8_linear import INT8_LINEAR
+from vdqc.kernels.packed_linear import PACKED_LINEAR
+from vdqc.kernels.quantize_rows import QUANTIZE_ROWS, QUANTIZE_ROWS_ASYM, QUANTIZE_STATIC
+from vdqc.kernels.rotation import ROTATION
+from vdqc.kernels.weight_only_linear import WEIGHT_ONLY_LINEAR
+from vdqc.lowering.fuse import RowOrder, reorder_rope
+from vdqc.lowering.pack import pack_grouped, pack_integer, parameter_prefix
+from vdqc.lowering.rules import (
+    LinearSite,
+    Operand,
+    attention_mask,
+    linear_site,
+)
+from vdqc.lowering.select import KernelChoice, attention_scale, choose_site
+from vdqc.lowering.spell import spell_fake_quantize
+
+
+@torch.no_grad()
+def lower(
+    graph: Graph,
+    target: Target,
+    diagnostics: Diagnostics,
+    *,
+    progress: Callable[[Any, str], Any] = lambda items, description: items,
+) -> list[KernelChoice]:
+    """Lower ``graph`` in place for ``target`` and return what runs each site.
+
+    Raises LoweringError for a graph at another stage than annotated or compressed.
+    """
+    if graph.stage not in (Stage.ANNOTATED, Stage.COMPRESSED):
+        raise LoweringError(
+            f"expected a graph at annotated or compressed, got {graph.stage}",
+            "run the passes first: canonicalize, annotate, quant",
+        )
+    with graph.edited_by("lower"):
+        orders = reorder_rope(graph)
+        emit = _Emitter(graph, orders)
+        choices = []
+        for site in progress(graph.sites(), "lower"):
+            choice = choose_site(graph, site, target)
+            choices.append(choice)
+            _report(choice, diagnostics)
+            if site.kind is SiteKind.LINEAR and choice.kernel != "aten":
+                emit.linear(linear_site(graph, site), choice.kernel)
+            elif site.kind is SiteKind.ATTENTION and choice.kernel != "aten":
+                emit.attention(site.node)
+        _rotations(graph)
+        _leftovers(graph)
+    graph.stage = Stage.LOWERED
+    graph.clean()
+    verify(graph)
+    return choices
+
+
+def _report(choice: KernelChoice, diagnostics: Diagnostics) -> None:
+    if choice.fallback:
+        diagnostics.warning(
+            choice.site, "kernel-fallback", f"runs in float, in plain aten: {choice.why}"
+        )
+    elif choice.kernel != "aten":
+        diagnostics.remark(
+            choice.site,
+            "kernel-choice",
+            f"{choice.kernel} chosen at {choice.predicted_us:.0f} us, next {choice.runner_up}",
+        )
+
+
+class _Emitter:
+    """Replaces site nodes by kernel calls; shared activations and shared weights are made once."""
+
+    def __init__(self, graph: Graph, orders: dict[str, RowOrder]) -> None:
+        self._graph = graph
+        self._orders = orders
+        self._activations: dict[Any, tuple[fx.Node, fx.Node, fx.Node | None]] = {}
+        self._weights: dict[Any, dict[str, fx.Node | None]] = {}
+
+    def linear(self, linear: LinearSite, kernel: str) -> None:
+        graph, node = self._graph, linear.site.node
+        bias, dtype = self._bias(linear), node.meta["val"].dtype
+        weight = self._weight(linear, kernel)
+        w, ws, wz = weight["weight"], weight["scale"], weight["zero_point"]
+        bits = linear.weight.spec.dtype.bits if linear.weight.spec is not None else 0
+        if kernel == WEIGHT_ONLY_LINEAR.name:
+            args: tuple[Any, ...] = (linear.input.value, w, bits, ws, wz, bias)
+            new = graph.call(WEIGHT_ONLY_LINEAR.op, *args, before=node)
+        else:
+            x = self._activation(linear.input, node)
+            if kernel == INT8_LINEAR.name:
+                args = (*x, w, ws, wz, weight["sum"], bias, dtype)
+                new = graph.call(INT8_LINEAR.op, *args, before=node)
+            elif kernel == PACKED_LINEAR.name:
+                args = (*x, w, bits, weight["multiplier"], ws, wz, weight["sum"], bias, dtype)
+                new = graph.call(PACKED_LINEAR.op, *args, before=node)
+            else:
+                new = graph.call(GROUP_LINEAR.op, *x, w, bits, ws, wz, bias, dtype, before=node)
+        graph.replace(node, new)
+        set_note(new, kernel=kernel)
+
+    def attention(self, node: fx.Node) -> None:
+        graph = self._graph
+        query, key, value = node.args[:3]
+        args = (query, key, value, attention_mask(node), attention_scale(node))
+        new = graph.call(ATTENTION.op, *args, before=node)
+        graph.replace(node, new)
+        set_note(new, kernel=ATTENTION.name)
+
+    def _bias(self, linear: LinearSite) -> fx.Node | None:
+        bias = linear.site.bias
+        order = self._orders.get(linear.site.name)
+        if bias is None or order is None:
+            return bias
+        name = f"{parameter_prefix(linear.site.name)}.bias"
+        return self._graph.set_param(name, self._graph.evaluate(bias)[order.rows])
+
+    def _weight(self, linear: LinearSite, kernel: str) -> dict[str, fx.Node | None]:
+        order = self._orders.get(linear.site.name)
+        rows = None if order is None else order.rows
+        key = (linear.site.weight.target, linear.site.weight.args, linear.input.spec, kernel)
+        if rows is not None or key not in self._weights:
+            if kernel in (INT8_LINEAR.name, PACKED_LINEAR.name):
+                packed = kernel == PACKED_LINEAR.name
+                made = pack_integer(self._graph, linear, packed=packed, rows=rows)
+            else:
+                made = pack_grouped(self._graph, linear, rows)
+            if rows is not None:
+                return made
+            self._weights[key] = made
+        return self._weights[key]
+
+    def _activation(
+        self, operand: Operand, before: fx.Node
+    ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        key = (operand.value, operand.spec, operand.scale, operand.zero_point)
+        if key not in self._activations:
+            made = self._static if operand.scale is not None else self._dynamic
+            self._activations[key] = made(operand, before)
+        return self._activations[key]
+
+    def _dynamic(
+        self, operand: Operand, before: fx.Node
+    ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        graph, spec = self._graph, operand.spec
+        assert spec is not None
+        per_tensor = spec.granularity.kind is GranularityKind.TENSOR
+        if spec.symmetric:
+            op, limit = QUANTIZE_ROWS.op, spec.qmax
+        else:
+            op, limit = QUANTIZE_ROWS_ASYM.op, spec.dtype.bits
+        both = graph.call(op, operand.value, limit, per_tensor, before=before)
+        parts = [
+            graph.call(operator.getitem, both, index, before=before)
+            for index in range(2 if spec.symmetric else 3)
+        ]
+        return parts[0], parts[1], None if spec.symmetric else parts[2]
+
+    def _static(self, operand: Operand, before: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        graph, spec = self._graph, operand.spec
+        assert spec is not None
+        assert operand.scale is not None
+        half = 0 if spec.symmetric else 2 ** (spec.dtype.bits - 1)
+        zero = None
+        if operand.zero_point is not None:
+            moved = graph.evaluate(operand.zero_point) - half
+            owner = str(operand.scale.target).rpartition(".")[0]
+            name = f"{parameter_prefix(owner)}.input_zero_point"
+            zero = graph.set_param(name, moved.to(torch.int32))
+        args = (operand.value, operand.scale, zero, spec.qmin - half, spec.qmax - half)
+        codes = graph.call(QUANTIZE_STATIC.op, *args, before=before)
+        return codes, operand.scale, zero
+
+
+def _rotations(graph: Graph) -> None:
+    for node in graph.nodes:
+        if node.target is ROTATE and not graph.is_constant(node):
+            inverse = bool(node.args[3]) if len(node.args) > 3 else False
+            args = (*node.args[:3], inverse)
+            graph.replace(node, graph.call(ROTATION.op, *args, before=node))
+
+
+def _leftovers(graph: Graph) -> None:
+    """Whatever is left of the ``vdqc::`` dialect: constants become weights, the rest plain aten."""
+    graph.module.graph.eliminate_dead_code()
+    for index, node in enumerate(graph.nodes):
+        namespace = getattr(node.target, "namespace", "")
+        if node.op != "call_function" or namespace != "vdqc":
+            continue
+        if graph.is_constant(node):
+            param = graph.set_param(f"folded.value_{index}", graph.evaluate(node))
+            node.replace_all_uses_with(param)
+            graph.module.graph.erase_node(node)
+        elif node.target is FAKE_QUANTIZE:
+            spell_fake_quantize(graph, node)
+        else:
+            raise LoweringError(f"no kernel computes {node.target} (%{node.name})")
+
+
+__all__ = ["KernelChoice", "lower"]

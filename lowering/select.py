@@ -1,0 +1,137 @@
+"""Which kernel runs each site, and why; predicted times are rooflines of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from torch import fx
+
+from vdqc.base.target import Target
+from vdqc.ir.graph import Graph
+from vdqc.ir.ops import FAKE_QUANTIZE
+from vdqc.ir.site import Site, SiteKind
+from vdqc.kernels.attention import torch_attention_cost
+from vdqc.kernels.base import FLOAT_FORMAT, Cost, Kernel, LinearProblem, Problem
+from vdqc.lowering.rules import (
+    ATTENTION_KERNELS,
+    LINEAR_KERNELS,
+    attention_obstacle,
+    attention_problem,
+    linear_site,
+)
+
+
+@final
+@dataclass(frozen=True)
+class KernelChoice:
+    """What runs one site.
+
+    Attributes:
+        site: its name.
+        kernel: name of a kernel, or ``aten`` for torch's own op.
+        why: one sentence with the numbers.
+        predicted_us: roofline time for the captured example's sizes.
+        runner_up: the next best as ``name at N us``, or "".
+        fallback: a quantised site that no kernel supports; it runs in float.
+    """
+
+    site: str
+    kernel: str
+    why: str
+    predicted_us: float
+    runner_up: str = ""
+    fallback: bool = False
+
+
+def choose(graph: Graph, target: Target) -> list[KernelChoice]:
+    """The choice for every site, in program order; the graph stays as it is."""
+    return [choose_site(graph, site, target) for site in graph.sites()]
+
+
+def choose_site(graph: Graph, site: Site, target: Target) -> KernelChoice:
+    """The choice for one site."""
+    if site.kind is SiteKind.LINEAR:
+        return _linear(graph, site, target)
+    if site.kind is SiteKind.ATTENTION:
+        return _attention(site, target)
+    quantised = any(operand.target is FAKE_QUANTIZE for operand in site.node.all_input_nodes)
+    if quantised:
+        return KernelChoice(site.name, "aten", f"no kernel for {site.kind}", 0.0, fallback=True)
+    return KernelChoice(site.name, "aten", "the site is in float", 0.0)
+
+
+def _linear(graph: Graph, site: Site, target: Target) -> KernelChoice:
+    problem = linear_site(graph, site).problem
+    plain = _float_cost(problem).us(target)
+    if problem.weight is None and problem.input is None:
+        return KernelChoice(site.name, "aten", "the site is in float", plain)
+    best, refused = _rank(LINEAR_KERNELS, problem, target)
+    if not best:
+        return KernelChoice(site.name, "aten", _reasons(refused), plain, fallback=True)
+    time, kernel = best[0]
+    others = [*((t, k.name) for t, k in best[1:]), (plain, "aten.linear in float")]
+    next_time, next_name = min(others)
+    size = f"{problem.m} x {problem.k} x {problem.n}"
+    spec = f"weight {problem.weight}, input {problem.input or 'float'}"
+    return KernelChoice(
+        site.name,
+        kernel.name,
+        f"{size}, {spec}; " + ("; ".join(refused) if refused else "nothing refused"),
+        time,
+        f"{next_name} at {next_time:.0f} us",
+    )
+
+
+def _attention(site: Site, target: Target) -> KernelChoice:
+    obstacle = attention_obstacle(site.node)
+    if obstacle is not None:
+        return KernelChoice(site.name, "aten", obstacle, 0.0)
+    problem = attention_problem(site.node)
+    plain = torch_attention_cost(problem).us(target)
+    best, refused = _rank(ATTENTION_KERNELS, problem, target)
+    if not best:
+        return KernelChoice(site.name, "aten", "; ".join(refused), plain)
+    time, kernel = best[0]
+    shape = f"{problem.heads} heads, {problem.queries} x {problem.keys} scores of {problem.width}"
+    if plain < time:
+        return KernelChoice(site.name, "aten", shape, plain, f"{kernel.name} at {time:.0f} us")
+    return KernelChoice(site.name, kernel.name, shape, time, f"aten at {plain:.0f} us")
+
+
+def _rank(
+    kernels: Sequence[Kernel], problem: Problem, target: Target
+) -> tuple[list[tuple[float, Kernel]], list[str]]:
+    """Kernels that can run ``problem``, fastest first, and why the others cannot."""
+    able, refused = [], []
+    for kernel in kernels:
+        reason = kernel.supports(problem, target)
+        if reason is None:
+            able.append((kernel.cost(problem).us(target), kernel))
+        else:
+            refused.append(f"{kernel.name}: {reason}")
+    return sorted(able, key=lambda pair: pair[0]), refused
+
+
+def _reasons(refused: Sequence[str]) -> str:
+    """Why no kernel will do, each reason once."""
+    return "; ".join(dict.fromkeys(text.partition(": ")[2] for text in refused))
+
+
+def _float_cost(problem: LinearProblem) -> Cost:
+    m, n, k = problem.m, problem.n, problem.k
+    size = problem.dtype.itemsize
+    return Cost({FLOAT_FORMAT[problem.dtype]: 2.0 * m * n * k}, size * (m * k + n * k + m * n))
+
+
+def kernel_named(name: str) -> Kernel:
+    """One of the kernels that ``choose`` picks from."""
+    return next(k for k in (*LINEAR_KERNELS, *ATTENTION_KERNELS) if k.name == name)
+
+
+def attention_scale(node: fx.Node) -> float:
+    """The factor on scores: the one given, or D^-0.5."""
+    given = node.kwargs.get("scale")
+    width = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+    return float(given) if given is not None else float(width) ** -0.5  # type: ignore[arg-type]
