@@ -117,7 +117,7 @@ class Calibrate(Pass):
 
 def static_inputs(sites: Sequence[Site], ctx: Context) -> dict[fx.Node, str]:
     """Activation quantisers that have a scale, each under the name of its first site."""
-    quantisers = {}
+    quantisers: dict[fx.Node, str] = {}
     dynamic = 0
     for site in sites:
         if not _is_quantiser(site.input):

@@ -127,13 +127,14 @@ def quantise_weight(
     weight = graph.evaluate(site.weight)
     scale, zero_point = weight_scale(weight, spec, weight_range)
     quantised = numerics.fake_quantize(weight, scale, zero_point, spec)
+    stored = stored_bytes(weight, scale, zero_point, spec)
     facts = {
         "scheme": str(_scheme(site)),
         "sqnr_db": round(numerics.sqnr_db(quantised, weight), 2),
         "weights": weight.numel(),
-        "bytes": stored_bytes(weight, scale, zero_point, spec),
+        "bytes": stored,
+        "bits_per_weight": round(8 * stored / weight.numel(), 3),
     }
-    facts["bits_per_weight"] = round(8 * facts["bytes"] / weight.numel(), 3)
     params = _params(graph, site, "weight", scale, zero_point)
     wrap_weight(graph, site, FAKE_QUANTIZE, *params, str(spec))
     return facts

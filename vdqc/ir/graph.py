@@ -171,11 +171,16 @@ class Graph:
 
     def is_constant(self, node: fx.Node) -> bool:
         """True if no input of the call reaches ``node``: it is a function of weights alone."""
-        return node.op == "get_attr" or (
-            node.op == "call_function"
-            and bool(node.all_input_nodes)
-            and all(self.is_constant(operand) for operand in node.all_input_nodes)
-        )
+        waiting, seen = [node], set()
+        while waiting:  # not by recursion: a residual stream is thousands of nodes deep
+            found = waiting.pop()
+            if found in seen or found.op == "get_attr":
+                continue
+            if found.op != "call_function" or not found.all_input_nodes:
+                return False
+            seen.add(found)
+            waiting.extend(found.all_input_nodes)
+        return True
 
     def evaluate(self, node: fx.Node) -> Tensor:
         """Value of a constant expression, computed now; nothing is kept."""
