@@ -30,6 +30,8 @@ def int8_matmul(codes: Tensor, weight: Tensor) -> Tensor:
 def _int8_matmul_cpu(codes: Tensor, weight: Tensor) -> Tensor:
     if codes.numel() == 0 or weight.numel() == 0:
         return codes.new_zeros(codes.shape[0], weight.shape[0], dtype=torch.int32)
+    if codes.shape[1] == 1:  # measured: _int_mm returns uninitialised memory here (torch 2.13)
+        return codes.to(torch.int32) * weight.T.to(torch.int32)
     return torch._int_mm(codes, weight.T)
 
 

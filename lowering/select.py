@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import fx
 
 from vdqc.base.target import Target
-from vdqc.ir.graph import Graph
+from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import Site, SiteKind
 from vdqc.kernels.attention import torch_attention_cost
@@ -46,14 +46,21 @@ class KernelChoice:
 
 
 def choose(graph: Graph, target: Target) -> list[KernelChoice]:
-    """The choice for every site, in program order; the graph stays as it is."""
-    return [choose_site(graph, site, target) for site in graph.sites()]
+    """The choice for every site, in program order; the graph stays as it is.
+
+    At annotated, where nothing is quantised yet, what each site's scheme will get.
+    """
+    planned = graph.stage is Stage.ANNOTATED
+    return [choose_site(graph, site, target, planned=planned) for site in graph.sites()]
 
 
-def choose_site(graph: Graph, site: Site, target: Target) -> KernelChoice:
-    """The choice for one site."""
+def choose_site(graph: Graph, site: Site, target: Target, *, planned: bool = False) -> KernelChoice:
+    """The choice for one site, as it is or, if ``planned``, as its scheme says."""
     if site.kind is SiteKind.LINEAR:
-        return _linear(graph, site, target)
+        problem = linear_site(graph, site).problem
+        if planned and site.scheme is not None:
+            problem = replace(problem, weight=site.scheme.weight, input=site.scheme.input)
+        return _linear(site.name, problem, target)
     if site.kind is SiteKind.ATTENTION:
         return _attention(site, target)
     quantised = any(operand.target is FAKE_QUANTIZE for operand in site.node.all_input_nodes)
@@ -62,21 +69,20 @@ def choose_site(graph: Graph, site: Site, target: Target) -> KernelChoice:
     return KernelChoice(site.name, "aten", "the site is in float", 0.0)
 
 
-def _linear(graph: Graph, site: Site, target: Target) -> KernelChoice:
-    problem = linear_site(graph, site).problem
+def _linear(name: str, problem: LinearProblem, target: Target) -> KernelChoice:
     plain = _float_cost(problem).us(target)
     if problem.weight is None and problem.input is None:
-        return KernelChoice(site.name, "aten", "the site is in float", plain)
+        return KernelChoice(name, "aten", "the site is in float", plain)
     best, refused = _rank(LINEAR_KERNELS, problem, target)
     if not best:
-        return KernelChoice(site.name, "aten", _reasons(refused), plain, fallback=True)
+        return KernelChoice(name, "aten", _reasons(refused), plain, fallback=True)
     time, kernel = best[0]
     others = [*((t, k.name) for t, k in best[1:]), (plain, "aten.linear in float")]
     next_time, next_name = min(others)
     size = f"{problem.m} x {problem.k} x {problem.n}"
     spec = f"weight {problem.weight}, input {problem.input or 'float'}"
     return KernelChoice(
-        site.name,
+        name,
         kernel.name,
         f"{size}, {spec}; " + ("; ".join(refused) if refused else "nothing refused"),
         time,
