@@ -1,25 +1,36 @@
 """A model and samples of its calls, to a Graph; weights stay the model's own.
 
-``torch.export`` (non-strict, keyword form) under every dimension that differs between samples marked
-dynamic, then ``run_decompositions({})`` so that nothing mutates. Linear, normalisation, activation
-and attention stay single nodes.
+``torch.export`` (non-strict, keyword form) under every size that varies between samples, then
+``run_decompositions({})`` so that nothing mutates. Linear, normalisation, activation and attention
+stay single nodes. Where a forward does python arithmetic that export cannot follow, a repair
+(``vdqc.ir.repairs``) stands in for that piece while it is traced.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import CodeGen
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
+import vdqc
 from vdqc.base.diagnostics import CaptureError, Diagnostics, InputError
+from vdqc.ir.dynamic import Plan, coincidences, plans
+from vdqc.ir.functionalize import plain_module
 from vdqc.ir.graph import Graph, Origin
+from vdqc.ir.relations import Symbols, check_example
+from vdqc.ir.repairs import repaired
 from vdqc.ir.sample import Sample
-from vdqc.ir.signature import IntInput, Signature, TensorInput, call_leaves
+from vdqc.ir.signature import IntInput, Signature, TensorInput, call_leaves, describe_output
 
 
 def capture(
@@ -27,136 +38,270 @@ def capture(
 ) -> Graph:
     """The graph of ``model`` for calls like ``samples``; the first is the example.
 
-    A dimension that differs between two samples is dynamic. Raises CaptureError.
+    A size that differs between two samples is dynamic; without a difference, whatever can vary
+    does. Raises CaptureError with the line that could not be traced.
     """
+    diagnostics = diagnostics or Diagnostics()
     if not samples:
-        raise InputError("expected at least one sample, got none")
-    example = dict(samples[0].inputs)
-    parameters = inspect.signature(model.forward).parameters
-    takes_return_dict = "return_dict" in parameters
-    call = {**example, **({"return_dict": False} if takes_return_dict else {})}
-    dynamic = {name: _dynamic(value, samples, name) for name, value in call.items()}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.export.export(model, (), call, dynamic_shapes=dynamic, strict=False)
-        exported = exported.run_decompositions({})
-        module = exported.module(check_guards=False)
-    _flatten_calls(module)
-    inputs = _inputs(module, example)
-    tensor_paths = {entry.path for entry in inputs}
-    defaults = {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-    full = {name: example.get(name, defaults.get(name)) for name in parameters}
-    full.pop("return_dict", None)
-    statics = {path: leaf for path, leaf in call_leaves(full).items() if path not in tensor_paths}
+        raise InputError("expected at least one sample, got none", "yield one from samples()")
+    parameters = forward_parameters(model)
+    for sample in samples:
+        check_sample(sample, parameters)
+    with _quiet(), _eval_mode(model), repaired(model) as repairs:
+        plan, exported = _export(model, plans(samples, list(parameters), diagnostics))
+    coincidences(plan, diagnostics)
+    symbols = Symbols()
+    signature_inputs, names = _inputs(exported, plan, symbols)
+    # before the decompositions, which reason about strides and add relations of their own
+    ranges, guards = symbols.ranges(), symbols.guards()
+    sizes = [e.sizes if isinstance(e, TensorInput) else (e.size,) for e in signature_inputs]
+    leaves = call_leaves(plan.call)
+    check_example(guards, sizes, [leaves[entry.path] for entry in signature_inputs])
+    with _quiet():
+        module = plain_module(exported.run_decompositions({}))
+    _drop_baked_inputs(module, names)
+    output_class, output_fields = describe_output(exported.call_spec.out_spec)
     signature = Signature(
-        tuple(parameters), defaults, inputs, statics, ranges={}, output_fields=("",)
+        tuple(parameters),
+        _defaults(parameters),
+        signature_inputs,
+        _statics(plan, parameters, {entry.path for entry in signature_inputs}),
+        ranges,
+        guards,
+        output_class,
+        output_fields,
+        tuple(name for name in plan.promoted if name in {e.path for e in signature_inputs}),
     )
-    # a fresh module: export's own carries hooks that insist on its calling convention
-    plain = fx.GraphModule(module, module.graph, class_name="Program")
-    return Graph(plain, signature, origin=Origin(model_class=_class_path(model)))
+    _say_what_froze(plan, signature, diagnostics)
+    for sentence in repairs:
+        diagnostics.remark("", "capture-repair", sentence)
+    return Graph(module, signature, origin=origin_of(model, tuple(repairs)))
 
 
-def _class_path(model: nn.Module) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"
+def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """Named parameters of ``forward`` in order; ``*args`` and ``**kwargs`` are left out."""
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
 
 
-def _dynamic(value: Any, samples: Sequence[Sample], name: str) -> Any:
-    others = [sample.inputs[name] for sample in samples[1:] if name in sample.inputs]
-    return _dynamic_leaf(value, others)
+def check_sample(sample: Sample, parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Raises InputError unless the sample's arguments are ones that ``forward`` takes."""
+    takes = ", ".join(parameters)
+    if unknown := sorted(set(sample.inputs) - set(parameters)):
+        raise InputError(f"a sample gives '{unknown[0]}', which forward does not take", takes)
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and name not in sample.inputs
+    ]
+    if missing:
+        raise InputError(f"a sample lacks '{missing[0]}', which forward needs", f"takes: {takes}")
 
 
-def _dynamic_leaf(value: Any, others: Sequence[Any]) -> Any:
-    match value:
-        case Tensor():
-            axes = {
-                axis: torch.export.Dim.DYNAMIC
-                for axis in range(value.ndim)
-                if any(other.shape[axis] != value.shape[axis] for other in others)
-            }
-            return axes or None
-        case dict():
-            return {k: _dynamic_leaf(v, [o[k] for o in others]) for k, v in value.items()}
-        case list() | tuple():
-            return type(value)(
-                _dynamic_leaf(item, [other[i] for other in others]) for i, item in enumerate(value)
-            )
-        case int() if not isinstance(value, bool) and any(other != value for other in others):
-            return torch.export.Dim.DYNAMIC
-    return None
+def origin_of(model: nn.Module, repairs: tuple[str, ...] = ()) -> Origin:
+    """What a stand-in needs to know about ``model``."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    skipped = getattr(model, "_skip_layerwise_casting_patterns", None) or ()
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    # the commonest: a model keeps a few modules in float32
+    dtype = max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
+    return Origin(
+        model_class=f"{type(model).__module__}.{type(model).__qualname__}",
+        config=config_of(model),
+        dtype=str(dtype).removeprefix("torch."),
+        keep=tuple(dict.fromkeys([*kept, *skipped])),
+        repairs=repairs,
+    )
 
 
-def _flatten_calls(module: fx.GraphModule) -> None:
-    """Plain positional placeholders, no guards or assertions, no copies into dead storage."""
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_module" or "_assert" in str(node.target):
-            graph.erase_node(node)
-        elif node.target is torch.ops.aten.copy.default:
-            _replace_copy(graph, node)
-    graph.set_codegen(CodeGen())
-    graph.eliminate_dead_code()
-    module.recompile()
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The model's configuration as far as it is JSON; empty if it has none."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        return {}
+    return {key: value for key, value in config.items() if _is_json(value)}
 
 
-def _replace_copy(graph: fx.Graph, node: fx.Node) -> None:
-    target, source = node.args[0].meta["val"], node.args[1].meta["val"]
-    value = node.args[1]
-    with graph.inserting_before(node):
-        if source.dtype != target.dtype:
-            value = graph.call_function(
-                torch.ops.aten._to_copy.default, (value,), {"dtype": target.dtype}
-            )
-            value.meta = {**node.meta}
-        if source.ndim != target.ndim or source.shape != target.shape:
-            sizes = [_size_node(graph, node.args[0], axis) for axis in range(target.ndim)]
-            value = graph.call_function(torch.ops.aten.expand.default, (value, sizes))
-            value.meta = {**node.meta}
-    node.replace_all_uses_with(value)
-    graph.erase_node(node)
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
-def _size_node(graph: fx.Graph, node: Any, axis: int) -> Any:
-    size = node.meta["val"].shape[axis]
-    if isinstance(size, int):
-        return size
-    sym = graph.call_function(torch.ops.aten.sym_size.int, (node, axis))
-    sym.meta["val"] = size
-    return sym
+def _export(model: nn.Module, attempts: Sequence[Plan]) -> tuple[Plan, ExportedProgram]:
+    """The first attempt that export follows; raises CaptureError for the first that it did not."""
+    first: Exception | None = None
+    for plan in attempts:
+        try:
+            with torch.no_grad():
+                exported = torch.export.export(
+                    model, (), dict(plan.call), dynamic_shapes=dict(plan.shapes), strict=False
+                )
+        except Exception as error:
+            first = first or error
+        else:
+            return plan, exported
+    assert first is not None
+    raise _capture_error(model, first) from first
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not _is_machinery(frame.filename)
+    ]
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not frames:
+        return CaptureError(f"{type(model).__name__} cannot be captured: {reason}")
+    frame = frames[-1]
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured: {Path(frame.filename).name}:{frame.lineno} "
+        f"in {frame.name}: {frame.line}",
+        f"{type(error).__name__}: {reason}",
+        f"file: {frame.filename}",
+        "the graph must not depend on values of tensors: use torch.where or a mask instead of "
+        "python control flow, and move such work out of forward",
+    )
+
+
+_MACHINERY = (str(Path(torch.__file__).parent), str(Path(vdqc.__file__).parent / "ir"))
+
+
+def _is_machinery(filename: str) -> bool:
+    return filename.startswith(_MACHINERY) or filename.startswith("<")
 
 
 def _inputs(
-    module: fx.GraphModule, example: Mapping[str, Any]
-) -> tuple[TensorInput | IntInput, ...]:
-    leaves = {
-        path: leaf
-        for path, leaf in call_leaves(example).items()
-        if isinstance(leaf, Tensor) or (isinstance(leaf, int) and not isinstance(leaf, bool))
-    }
-    by_name = {_identifier(path): path for path in leaves}
+    exported: ExportedProgram, plan: Plan, symbols: Symbols
+) -> tuple[tuple[TensorInput | IntInput, ...], dict[str, str]]:
+    """Signature entries in placeholder order, and placeholder name to path for all leaves."""
+    flat, _ = pytree.tree_flatten_with_path(dict(plan.call))
+    known = call_leaves(plan.call)
+    paths = [path for path, leaf in known.items() if leaf is not None]
+    if len(flat) == len(known):
+        paths = list(known)
+    user = set(exported.graph_signature.user_inputs)
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in user]
+    by_position = _by_position(exported, placeholders, paths)
     entries: list[TensorInput | IntInput] = []
+    for node, path in by_position.items():
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            sizes = tuple(symbols.size(size) for size in value.shape)
+            entries.append(TensorInput(path, str(value.dtype).removeprefix("torch."), sizes))
+        elif isinstance(value, torch.SymInt) and isinstance(size := symbols.size(value), str):
+            entries.append(IntInput(path, size))
+    return tuple(entries), {node.name: path for node, path in by_position.items()}
+
+
+def _by_position(
+    exported: ExportedProgram, placeholders: Sequence[fx.Node], paths: Sequence[str]
+) -> dict[fx.Node, str]:
+    """Placeholder to path; export lists every leaf of the call in order, constants as values."""
+    specs = [
+        spec
+        for spec in exported.graph_signature.input_specs
+        if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT
+    ]
+    if len(specs) != len(paths):
+        raise CaptureError(f"expected {len(paths)} inputs in the exported program: {len(specs)}")
+    nodes = {node.name: node for node in placeholders}
+    return {
+        nodes[spec.arg.name]: path
+        for spec, path in zip(specs, paths, strict=True)
+        if getattr(spec.arg, "name", None) in nodes
+    }
+
+
+def _drop_baked_inputs(module: fx.GraphModule, names: Mapping[str, str]) -> None:
+    """Erase placeholders of python values that were baked in."""
     for node in list(module.graph.nodes):
         if node.op != "placeholder":
             continue
         value = node.meta.get("val")
-        path = by_name.get(str(node.target))
-        if path is None:
-            if node.users:
-                raise CaptureError(f"cannot tell which argument '{node.target}' is")
-            module.graph.erase_node(node)
-        elif isinstance(value, Tensor):
-            sizes = tuple(s if isinstance(s, int) else str(s) for s in value.shape)
-            entries.append(TensorInput(path, str(value.dtype).removeprefix("torch."), sizes))
-        elif isinstance(value, torch.SymInt):
-            entries.append(IntInput(path, str(value)))
-        else:
-            module.graph.erase_node(node)
+        is_symbol = isinstance(value, torch.SymInt) and bool(value.node.expr.free_symbols)
+        if isinstance(value, Tensor) or is_symbol:
+            continue
+        if node.users:
+            raise CaptureError(f"'{names.get(node.name, node.name)}' is baked but still read")
+        module.graph.erase_node(node)
     module.recompile()
-    return tuple(entries)
 
 
-def _identifier(path: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in path).strip("_").replace("__", "_")
+def _defaults(parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    return {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.default is not parameter.empty and _is_json(parameter.default)
+    }
+
+
+def _statics(
+    plan: Plan, parameters: Mapping[str, inspect.Parameter], inputs: set[str]
+) -> dict[str, Any]:
+    defaults = _defaults(parameters)
+    call = {name: plan.call.get(name, defaults.get(name)) for name in parameters}
+    call.pop("return_dict", None)
+    statics = {path: leaf for path, leaf in call_leaves(call).items() if path not in inputs}
+    for path, leaf in statics.items():
+        if not _is_json(leaf):
+            raise CaptureError(
+                f"expected a tensor, number or text for '{path}', got {type(leaf).__name__}",
+                "the graph cannot take such an object as input: leave it out of the sample",
+            )
+    return statics
+
+
+def _say_what_froze(plan: Plan, signature: Signature, diagnostics: Diagnostics) -> None:
+    by_path = {entry.path: entry for entry in signature.inputs}
+    frozen = []
+    for path, axis in sorted(plan.varying):
+        entry = by_path.get(path)
+        if isinstance(entry, TensorInput) and isinstance(entry.sizes[axis], int):
+            frozen.append(f"axis {axis} of {path} = {entry.sizes[axis]}")
+        elif entry is None:
+            frozen.append(f"{path} = {signature.statics[path]}")
+    if frozen:
+        diagnostics.warning(
+            "",
+            "frozen-axis",
+            f"samples differ in what the forward bakes in: {', '.join(frozen)}",
+            "the graph holds for these sizes alone; capture one graph per size",
+        )
+    elif not plan.varying:
+        fixed = [
+            f"{entry.path}{list(entry.sizes)}"
+            for entry in signature.inputs
+            if isinstance(entry, TensorInput)
+        ]
+        diagnostics.remark(
+            "", "found-axes", f"no two samples differ in size; found: {', '.join(fixed)}"
+        )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off while tracing; modes are put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export's own warnings are about its internals."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

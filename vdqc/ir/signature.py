@@ -1,4 +1,4 @@
-"""How a graph is called: which arguments become its inputs, what they may look like, what comes out.
+"""How a graph is called: which arguments become inputs, what they may look like, what comes out.
 
 A captured graph takes a flat list of tensors. The signature binds a call written for the original
 ``forward`` to that list and refuses every call for which the graph was not captured: another
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from vdqc.base.diagnostics import InputError
+from vdqc.base.diagnostics import CaptureError, InputError
 
 #: A size: a number, or an expression over symbols ("s0", "4*s1").
 Size = int | str
@@ -62,10 +62,11 @@ class Signature:
         statics: path to baked python value for every other leaf of the call.
         ranges: symbol to (least, greatest) size; greatest None for no limit.
         guards: further relations, python comparisons over symbols, e.g. ``s0 % 2 == 0``.
-        output_class: import path of the object returned when ``return_dict`` is true, or "".
+        output_class: import path of the object returned when ``return_dict`` is true; "tuple",
+            "list" or "dict"; "" for a single tensor.
         output_fields: names of its fields, one per graph output ("" for unnamed).
-        promoted: paths given as python numbers by some callers and taken as tensors by the graph
-            (scalar timesteps).
+        promoted: paths that the graph takes as float tensors over the batch and callers give in
+            any number form: python number, scalar or one-element tensor, integer tensor.
     """
 
     parameters: tuple[str, ...]
@@ -108,14 +109,19 @@ class Signature:
                         f"expected a value for '{path}', got None",
                         "the graph was captured with it: give a sample without it to capture one",
                     )
-            elif leaves.get(path) != self.statics.get(path):
+            elif not _same(leaves.get(path), self.statics.get(path)):
                 raise InputError(
                     f"'{path}' was {self.statics.get(path)!r} at capture, got "
                     f"{_short(leaves.get(path))}",
                     "python values are part of the graph: add a sample that has this one",
                 )
         symbols: dict[str, int] = {}
-        values = [self._check_leaf(entry, leaves[entry.path], symbols) for entry in self.inputs]
+        given = {entry.path: leaves[entry.path] for entry in self.inputs}
+        for late in (False, True):  # scalars take the batch size that the other inputs show
+            for entry in self.inputs:
+                if (entry.path in self.promoted) is late:
+                    given[entry.path] = self._check_leaf(entry, given[entry.path], symbols)
+        values = list(given.values())
         self._check_sizes(values, symbols)
         return values
 
@@ -129,12 +135,10 @@ class Signature:
                 symbols.setdefault(entry.size, value)
             return value
         dtype: torch.dtype = getattr(torch, entry.dtype)
-        if not isinstance(value, Tensor) and entry.path in self.promoted:
-            value = torch.tensor([value], dtype=dtype)
+        if entry.path in self.promoted:
+            value = _promote(value, entry, dtype, symbols)
         if not isinstance(value, Tensor):
             raise InputError(f"expected a tensor for '{entry.path}', got {_short(value)}")
-        if entry.path in self.promoted and value.ndim == 0:
-            value = value.reshape(1)
         if value.ndim != len(entry.sizes) or value.dtype != dtype:
             raise InputError(
                 f"expected {entry.dtype}[{', '.join(map(str, entry.sizes))}] for '{entry.path}', "
@@ -156,9 +160,9 @@ class Signature:
                         f"axis {axis} of '{entry.path}' must be {size} = {wanted}, got {found}"
                     )
         for symbol, (low, high) in self.ranges.items():
-            size = symbols.get(symbol)
-            if size is not None and (size < low or (high is not None and size > high)):
-                raise InputError(f"size {symbol} must be in [{low}, {high or 'inf'}], got {size}")
+            count = symbols.get(symbol)
+            if count is not None and (count < low or (high is not None and count > high)):
+                raise InputError(f"size {symbol} must be in [{low}, {high or 'inf'}], got {count}")
         for guard in self.guards:
             if not evaluate(guard, symbols):
                 raise InputError(
@@ -168,8 +172,15 @@ class Signature:
 
     def rebuild(self, outputs: Sequence[Any], return_dict: bool) -> Any:
         """What the original ``forward`` would return for these flat outputs."""
-        if not self.output_class:
-            return outputs[0] if self.output_fields == ("",) else tuple(outputs)
+        match self.output_class:
+            case "":
+                return outputs[0]
+            case "tuple":
+                return tuple(outputs)
+            case "list":
+                return list(outputs)
+            case "dict":
+                return dict(zip(self.output_fields, outputs, strict=True))
         if not return_dict:
             return tuple(outputs)
         return output_type(self.output_class)(**dict(zip(self.output_fields, outputs, strict=True)))
@@ -205,6 +216,47 @@ def call_leaves(call: Mapping[str, Any]) -> dict[str, Any]:
     return {_path(keys): leaf for keys, leaf in flat}
 
 
+def describe_output(spec: pytree.TreeSpec) -> tuple[str, tuple[str, ...]]:
+    """``output_class`` and ``output_fields`` of what a forward returns.
+
+    Raises CaptureError where a field is itself a collection.
+    """
+    if spec.is_leaf():
+        return "", ("",)
+    if any(not spec.child(i).is_leaf() for i in range(spec.num_children)):
+        raise CaptureError(
+            f"expected a flat output, got {spec.type.__name__} with collections inside",
+            "return tensors, a tuple or dictionary of tensors, or a ModelOutput of tensors",
+        )
+    if spec.type in (tuple, list):
+        return spec.type.__name__, ("",) * spec.num_children
+    path = "dict" if spec.type is dict else f"{spec.type.__module__}.{spec.type.__qualname__}"
+    keys = spec.context[0] if isinstance(spec.context, tuple) else spec.context
+    return path, tuple(str(key) for key in keys)
+
+
+def _promote(value: Any, entry: TensorInput, dtype: torch.dtype, symbols: Mapping[str, int]) -> Any:
+    """A number or tensor as the float tensor that the graph takes; others as they are."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        return value
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+    tensor = tensor.to(dtype)
+    if tensor.numel() != 1:
+        return tensor
+    sizes = [
+        size if isinstance(size, int) else int(evaluate(size, {size: 1, **symbols}))
+        for size in entry.sizes
+    ]
+    return tensor.reshape((1,) * len(sizes)).expand(sizes)
+
+
+def _same(value: Any, static: Any) -> bool:
+    """Whether a python leaf is the one baked in; 1, 1.0 and True are three values."""
+    if isinstance(value, Tensor):
+        return False
+    return type(value) is type(static) and bool(value == static)
+
+
 def _path(keys: Sequence[Any]) -> str:
     head, *rest = keys
     return str(head.key) + "".join(pytree.keystr((key,)) for key in rest)
@@ -236,6 +288,7 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.truediv,
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
     ast.Eq: operator.eq,
@@ -247,6 +300,9 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 }
 
 
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"max": max, "min": min, "round": round}
+
+
 def evaluate(text: str, symbols: Mapping[str, int]) -> int | bool:
     """Value of an integer expression or comparison over ``symbols``; nothing else is understood."""
 
@@ -254,7 +310,7 @@ def evaluate(text: str, symbols: Mapping[str, int]) -> int | bool:
         match node:
             case ast.Expression(body=body):
                 return walk(body)
-            case ast.Constant(value=int(value)):
+            case ast.Constant(value=int(value) | float(value)):
                 return value
             case ast.Name(id=name) if name in symbols:
                 return symbols[name]
@@ -262,10 +318,14 @@ def evaluate(text: str, symbols: Mapping[str, int]) -> int | bool:
                 return _OPERATORS[type(op)](walk(left), walk(right))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return -walk(operand)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return not walk(operand)
             case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _OPERATORS:
                 return _OPERATORS[type(op)](walk(left), walk(right))
-            case ast.Call(func=ast.Name(id="Max" | "Min" as name), args=args):
-                return (max if name == "Max" else min)(walk(arg) for arg in args)
+            case ast.Call(func=ast.Name(id=name), args=args) if name in _FUNCTIONS:
+                return _FUNCTIONS[name](*(walk(arg) for arg in args))
+            case ast.BoolOp(op=op, values=values):
+                return (all if isinstance(op, ast.And) else any)(walk(item) for item in values)
         raise InputError(f"cannot evaluate size expression '{text}' over {dict(symbols)}")
 
     return walk(ast.parse(text, mode="eval"))

@@ -109,7 +109,7 @@ def randomize(model: nn.Module, seed: int = 0, std: float = 0.08) -> nn.Module:
 
 
 def cast_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``model`` in ``dtype`` but for what its class keeps in float32, as ``from_pretrained`` does."""
+    """``model`` in ``dtype`` but for what its class keeps in float32 (as ``from_pretrained``)."""
     if dtype == torch.float32:
         return model
     kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
