@@ -1,6 +1,25 @@
 """vdqc compiles diffusion transformers into low-bit, sparse programs."""
 
-from vdqc.ir.sample import Sample
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from vdqc.version import __version__
 
-__all__ = ["Sample", "__version__"]
+if TYPE_CHECKING:
+    from vdqc.compiled import load
+    from vdqc.compiler import compile
+    from vdqc.ir.sample import Sample
+
+__all__ = ["Sample", "__version__", "compile", "load"]
+
+_HOMES = {"Sample": "vdqc.ir.sample", "compile": "vdqc.compiler", "load": "vdqc.compiled"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``import vdqc`` stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vdqc' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

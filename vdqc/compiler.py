@@ -1,0 +1,246 @@
+"""compile(): a model, samples of its calls, a recipe and a target, to an artifact on disk.
+
+This is the whole pipeline, read from top to bottom; every step lives in its own module.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vdqc import report
+from vdqc.base import numerics
+from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError, VerifyError
+from vdqc.base.target import TARGETS, Target
+from vdqc.engine.pass_manager import Context, PassManager, PassRecord, check_order, probe_output
+from vdqc.engine.recipe import Recipe, load_pass
+from vdqc.ir import artifact
+from vdqc.ir.artifact import Artifact
+from vdqc.ir.frontend import capture
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.sample import Sample
+from vdqc.ir.source import Source, load_source
+from vdqc.lowering.lower import lower
+from vdqc.lowering.select import KernelChoice
+from vdqc.passes.table import PASSES
+from vdqc.sites import site_rows, with_kernels
+
+#: Where the first sample's tensors are kept; in a folder of its own, apart from the weights.
+PROBE = "probe/inputs.safetensors"
+
+#: Wraps an iterable with a progress bar: ``(items, description) -> items``.
+Progress = Callable[[Any, str], Any]
+
+
+def compile(
+    model: nn.Module | str | Path,
+    samples: Iterable[Sample] | None = None,
+    passes: str = "rotate,smooth,quant",
+    scheme: str | Sequence[str] = "w8a8",
+    target: str = "auto",
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    seed: int = 0,
+    verify: bool = True,
+    component: str | None = None,
+    aot: bool = False,
+    diagnostics: Diagnostics | None = None,
+    progress: Progress = lambda items, description: items,
+) -> Artifact:
+    """Compile ``model`` (a module, a model.py or a diffusers folder) into the folder ``out``.
+
+    ``scheme`` is ``w8a8`` or texts ``glob=scheme``, later ones win; ``out`` defaults to
+    ``<name>.vdqc``. Words and order are checked before the model is loaded, an existing ``out`` is
+    refused unless ``force``, and nothing is left behind if anything fails. Raises VdqcError.
+    """
+    diagnostics = diagnostics or Diagnostics()
+    recipe = parse_recipe(passes, scheme)
+    machine = usable_target(target, diagnostics)
+    with artifact.staging(out_folder(model, out), force) as folder:
+        source = as_source(model, samples, component)
+        graph = capture(source.model, source.samples, diagnostics)
+        check_weights(graph, progress)
+        ctx = Context(source.samples, machine, diagnostics, recipe.rules, seed, progress)
+        texts = IRTexts({"00_captured": str(graph)})
+        bytes_float = weight_bytes(graph)
+        manager = PassManager(recipe.passes, probe=verify, instruments=[texts])
+        records = manager.run(graph, ctx)
+        rows = site_rows(graph, records)
+        choices, record = lower_checked(graph, ctx, manager)
+        texts.after_pass(record, graph)
+        facts = {
+            "name": source.name,
+            "seed": seed,
+            "bytes_float": bytes_float,
+            "sites": with_kernels(rows, choices),
+        }
+        artifact.write(
+            graph,
+            folder,
+            recipe=recipe,
+            records=[*records, record],
+            choices=choices,
+            diagnostics=diagnostics,
+            ir_texts=texts.texts,
+            facts=facts,
+            target=machine,
+        )
+        save_probe(graph, source.samples[0], folder)
+        report.write(folder)
+        artifact.seal(folder, progress)
+    return artifact.read(out_folder(model, out))
+
+
+def parse_recipe(passes: str, scheme: str | Sequence[str]) -> Recipe:
+    """The complete recipe for two texts; raises ConfigError or OrderError."""
+    return complete(Recipe.parse(passes, PASSES, [scheme] if isinstance(scheme, str) else scheme))
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """``recipe`` with what always runs: canonicalize and annotate first, fold last.
+
+    A pass that the user named stays where it is. Raises OrderError for an impossible order.
+    """
+    named = {item.name for item in recipe.passes}
+    first = [name for name in ("canonicalize", "annotate") if name not in named]
+    passes = [*(load_pass(name, PASSES)() for name in first), *recipe.passes]
+    final = check_order(passes)
+    fold = load_pass("fold", PASSES)
+    if "fold" not in named and final in fold.at:
+        passes.append(fold())
+    check_order(passes)
+    return replace(recipe, passes=tuple(passes))
+
+
+def usable_target(text: str, diagnostics: Diagnostics) -> Target:
+    """The target that ``text`` names, if kernels for it exist; ``auto`` falls back to the CPU."""
+    if text == "auto":
+        if torch.cuda.is_available():
+            diagnostics.warning(
+                "",
+                "no-gpu-kernels",
+                "this machine has a GPU, for which there are no kernels yet: compiling for the CPU",
+                "say --target cpu to choose this without a warning",
+            )
+        return TARGETS["cpu"]
+    target = Target.parse(text)
+    if target.device != "cpu":
+        raise ConfigError(
+            f"target '{target}' has no kernels yet: expected 'cpu' (or 'auto')",
+            "the recipe itself does not depend on the target: compile for the CPU to measure it",
+            code="no-gpu-kernels",
+        )
+    return target
+
+
+def out_folder(model: nn.Module | str | Path, out: str | Path | None) -> Path:
+    """Where the artifact goes: ``out``, else ``<stem>.vdqc`` in the current folder."""
+    if out is not None:
+        return Path(out)
+    name = type(model).__name__ if isinstance(model, nn.Module) else Path(model).absolute().stem
+    return Path(f"{name}.vdqc")
+
+
+def as_source(
+    model: nn.Module | str | Path, samples: Iterable[Sample] | None, component: str | None = None
+) -> Source:
+    """Model and samples, from a file, a folder, or as they were given."""
+    if not isinstance(model, nn.Module):
+        if samples is not None:
+            raise InputError(f"expected no samples beside {model}, which brings its own")
+        return load_source(Path(model), component=component)
+    if samples is None:
+        raise InputError("expected samples of the model's calls", "pass samples=[Sample({...})]")
+    return Source(model, list(samples), name=type(model).__name__)
+
+
+def check_weights(graph: Graph, progress: Progress = lambda items, description: items) -> None:
+    """Raise InputError naming the first weight that holds NaN or infinity; one pass over them."""
+    for name in progress(graph.param_names(), "check weights"):
+        value = graph.param(name)
+        if not value.is_floating_point() or not value.numel() or value.itemsize < 2:
+            continue
+        low, high = torch.aminmax(value)  # NaN spreads to both: no mask as large as the weight
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            bad = int((~torch.isfinite(value)).sum())
+            raise InputError(
+                f"the weight holds NaN or infinity in {bad} of {value.numel()} places",
+                "expected finite weights: load or train the model again",
+                code="not-finite",
+                site=name,
+            )
+
+
+def weight_bytes(graph: Graph) -> int:
+    """Bytes of all weights that the program reads."""
+    values = [node.meta["val"] for node in graph.nodes if node.op == "get_attr"]
+    return sum(int(value.numel()) * value.dtype.itemsize for value in values)
+
+
+def lower_checked(
+    graph: Graph, ctx: Context, manager: PassManager
+) -> tuple[list[KernelChoice], PassRecord]:
+    """Lower ``graph`` in place and compare it with itself before, on the probe.
+
+    Integer sums are exact, but float sums run in another order, and a value at the edge of two
+    codes may then fall to the other side: lowering may move the output by a quarter of what the
+    passes did, or by the tolerance of the dtype. Raises VerifyError above that.
+    """
+    start = time.perf_counter()
+    choices = lower(graph, ctx.target, ctx.diagnostics, progress=ctx.progress)
+    seconds = time.perf_counter() - start
+    error = sqnr = None
+    if manager.probed is not None:
+        reference, compressed = manager.probed
+        inputs = graph.signature.bind((), ctx.samples[0].inputs)
+        lowered = probe_output(graph, inputs)
+        error = numerics.relative_error(lowered, compressed)
+        sqnr = numerics.sqnr_db(lowered, reference)
+        allowed = max(
+            numerics.TOLERANCE[getattr(torch, graph.origin.dtype)],
+            numerics.relative_error(compressed, reference) / 4,
+        )
+        if not error <= allowed:
+            raise VerifyError(
+                f"lowering moved the probe output by {error:.2e} (allowed {allowed:.1e})",
+                "this is a fault of a kernel, not of the model: please report it",
+                code="not-exact",
+            )
+    text = f"lower{{target={ctx.target}}}"
+    return choices, PassRecord(text, True, Stage.LOWERED, seconds, len(choices), error, sqnr)
+
+
+def save_probe(graph: Graph, sample: Sample, folder: Path) -> None:
+    """Keep the first sample's tensors beside the program, so that ``vdqc run`` needs no source."""
+    values = graph.signature.bind((), sample.inputs)
+    tensors = {
+        entry.path: (value if isinstance(value, Tensor) else torch.tensor(value)).contiguous()
+        for entry, value in zip(graph.signature.inputs, values, strict=True)
+    }
+    place = folder / PROBE
+    place.parent.mkdir()
+    save_file(tensors, place)
+
+
+@final
+@dataclass
+class IRTexts:
+    """Instrument that keeps the printed IR after each pass."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def before_pass(self, text: str, graph: Graph) -> None:
+        """Nothing: the pass before this one already printed it."""
+
+    def after_pass(self, record: PassRecord, graph: Graph) -> None:
+        """Print the graph under the pass's number and name."""
+        name = record.text.partition("{")[0]
+        self.texts[f"{len(self.texts):02d}_{name}"] = str(graph)
