@@ -12,8 +12,8 @@ value is scaled or rotated for its readers alone; what nothing can carry stays o
 rotation. Then constant expressions become plain weights, unless they read a weight that is on disk
 or one that is being trained; the weight behind a ``fake_quantize`` is folded, the quantiser stays.
 
-Source: Xiao et al., SmoothQuant, arXiv 2211.10438, section 4 (norms); Ashkboos et al., QuaRot, arXiv
-2404.00456, section 4 (linears); attention values and adaLN modulation by the same algebra.
+Source: Xiao et al., SmoothQuant, arXiv 2211.10438, section 4 (norms); Ashkboos et al., QuaRot,
+arXiv 2404.00456, section 4 (linears); attention values and adaLN modulation by the same algebra.
 Invariant: the function of the graph is unchanged, a quantised weight keeps its codes, and folding
 twice changes nothing more.
 Online: less than before; a scale that adaLN carries costs a multiply of a value without tokens.

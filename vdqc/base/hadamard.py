@@ -26,10 +26,14 @@ def is_order(order: int) -> bool:
     """True if ``hadamard(order)`` can be constructed here."""
     if order in (1, 2):
         return True
-    return order % 4 == 0 and (
-        _paley_field(order - 1, 3) is not None
-        or _paley_field(order // 2 - 1, 1) is not None
-        or is_order(order // 2)
+    return (
+        order >= 4
+        and order % 4 == 0
+        and (
+            _paley_field(order - 1, 3) is not None
+            or _paley_field(order // 2 - 1, 1) is not None
+            or is_order(order // 2)
+        )
     )
 
 
@@ -43,14 +47,13 @@ def hadamard(order: int) -> Tensor:
         return torch.ones(1, 1, dtype=torch.int8)
     if order == 2:
         return torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
-    if order % 4 == 0 and order % 8 == 0 and is_order(order // 2):
-        return torch.kron(hadamard(2), hadamard(order // 2))
-    if order % 4 == 0 and (field := _paley_field(order - 1, 3)):
-        return _paley_one(*field)
-    if order % 4 == 0 and (field := _paley_field(order // 2 - 1, 1)):
-        return _paley_two(*field)
-    if order % 4 == 0 and is_order(order // 2):
-        return torch.kron(hadamard(2), hadamard(order // 2))
+    if is_order(order):
+        if order % 8 == 0 and is_order(order // 2):
+            return torch.kron(hadamard(2), hadamard(order // 2))
+        if field := _paley_field(order - 1, 3):
+            return _paley_one(*field)
+        if field := _paley_field(order // 2 - 1, 1):
+            return _paley_two(*field)
     raise InputError(
         f"no Hadamard matrix of order {order} can be constructed",
         f"nearest below: {largest_order(order - 1)}" if order > 1 else "an order is at least 1",
