@@ -55,8 +55,8 @@ class Canonicalize(Pass):
         before = len(graph.nodes)
         counts = {
             "respelled": _respell_all(graph),
-            "dropped": _drop_noops(graph),
             "sizes": _hoist_sizes(graph),
+            "dropped": _drop_noops(graph),
             "rms_norm": _fuse_rms_norms(graph),
             "merged": _merge_equal(graph),
         }
@@ -104,10 +104,12 @@ _ZERO = {A.add.Tensor, A.sub.Tensor}
 
 def noop_source(node: fx.Node) -> fx.Node | None:
     """The operand that ``node`` equals bit for bit, or None if it does something."""
-    source = node.args[0] if node.args else None
-    if node.op != "call_function" or not isinstance(source, fx.Node):
+    if node.op != "call_function" or not node.args:
         return None
-    if not _same_type(source, node):
+    if node.target is A.cat.default:
+        return _rejoined(node)
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or not _same_type(source, node):
         return None
     if node.target in _COPIES:
         return None if _strides_matter(node) or _escapes(node, source) else source
@@ -120,6 +122,24 @@ def noop_source(node: fx.Node) -> fx.Node | None:
     if neutral is not None and isinstance(other, (int, float)) and other == neutral:
         return source
     return None
+
+
+def _rejoined(node: fx.Node) -> fx.Node | None:
+    """What was cut into consecutive slices that ``node`` puts together again, or None."""
+    parts, dim = node.args
+    assert isinstance(parts, (list, tuple))
+    if not all(isinstance(part, fx.Node) and part.target is A.slice.Tensor for part in parts):
+        return None
+    cuts = [part.args for part in parts]  # type: ignore[union-attr]
+    source, axis = cuts[0][0], cuts[0][1]
+    if any(len(cut) != 4 or cut[0] is not source or cut[1] != axis for cut in cuts):
+        return None
+    bounds = [0, *(cut[3] for cut in cuts)]
+    if dim != axis or bounds[-1] != _END or any(
+        cut[2] != bound for cut, bound in zip(cuts, bounds, strict=False)
+    ):
+        return None
+    return source if isinstance(source, fx.Node) else None
 
 
 def _same_type(a: fx.Node, b: fx.Node) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from vdqc.ir.site import note
 
@@ -52,13 +52,16 @@ class Channels:
         return Channels(node, coords, self.d)
 
 
-class Refused(Exception):  # noqa: N818 (an answer, not an error)
+class Refused(Exception):
     """The walk cannot go on; the text says why."""
 
 
 def shape(node: fx.Node) -> list[Any]:
-    """Sizes of a value as ints and sympy expressions."""
-    return [s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in node.meta["val"].shape]
+    """Sizes of a tensor as ints and sympy expressions; empty for anything else."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return []
+    return [s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in value.shape]
 
 
 def operand(node: fx.Node, index: int = 0) -> fx.Node:
@@ -83,9 +86,9 @@ def require_private(node: fx.Node, readers: Sequence[fx.Node]) -> None:
 
 
 def sources(value: Channels) -> list[Channels] | None:
-    """The operands that ``value``'s channels come from, or None if its op does more than move them.
+    """The operands that ``value``'s channels come from, or None if its op does more than move.
 
-    Raises Refused where moving mixes channels with other axes, or where an operand has other readers.
+    Raises Refused where moving mixes channels with other axes, or an operand has other readers.
     """
     rule = _MOVES.get(value.node.target) if value.node.op == "call_function" else None
     return None if rule is None else rule(value)
@@ -124,7 +127,7 @@ def _reshape(value: Channels) -> list[Channels]:
     out_shape, in_shape = shape(value.node), shape(source)
     coords: dict[int, Index] = {}
     done: set[int] = set()
-    for outs, ins in _aligned(out_shape, in_shape):
+    for outs, ins in aligned(out_shape, in_shape):
         touched = [axis for axis in outs if axis in value.coords]
         if not touched:
             continue
@@ -141,7 +144,7 @@ def _reshape(value: Channels) -> list[Channels]:
     return [value.moved(source, coords)]
 
 
-def _aligned(outs: Sequence[Any], ins: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
+def aligned(outs: Sequence[Any], ins: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
     """Runs of axes that hold the same elements in both shapes, from the last axis; size 1 left out.
 
     What cannot be aligned (sizes whose relation is unknown) is missing from the answer.
@@ -152,15 +155,13 @@ def _aligned(outs: Sequence[Any], ins: Sequence[Any]) -> list[tuple[list[int], l
     while left and right:
         a, b = [left.pop()], [right.pop()]
         while (x := _product(outs, a)) != (y := _product(ins, b)):
-            grow_left = isinstance(x, int) and (not isinstance(y, int) or x < y)
-            if (
-                isinstance(x, int)
-                and isinstance(y, int)
-                or isinstance(x, int) != isinstance(y, int)
-            ):
-                pool, group = (left, a) if grow_left else (right, b)
+            if isinstance(x, int) and isinstance(y, int):
+                grow_left = x < y
+            elif isinstance(x, int) or isinstance(y, int):
+                grow_left = isinstance(x, int)
             else:
-                pool, group = (left, a) if len(left) > len(right) else (right, b)
+                grow_left = len(left) > len(right)
+            pool, group = (left, a) if grow_left else (right, b)
             if not pool:
                 return groups
             group.insert(0, pool.pop())
@@ -226,7 +227,7 @@ def _selects_other(user: fx.Node, axis: int, position: int, source: fx.Node) -> 
     if user.target is not A.select.int:
         return False
     same_axis = int(user.args[1]) % len(shape(source)) == axis  # type: ignore[arg-type]
-    return same_axis and user.args[2] != position
+    return same_axis and bool(user.args[2] != position)
 
 
 def _getitem(value: Channels) -> list[Channels]:

@@ -1,0 +1,211 @@
+"""Say what every site is for and how it will be quantised; found by dataflow, never by names.
+
+::
+
+    %9 = aten.linear(%8, @blocks.0.attn1.to_q.weight) # site blocks.0.attn1.to_q
+    %9 = aten.linear(%8, @blocks.0.attn1.to_q.weight) # site blocks.0.attn1.to_q w8a8, role q
+
+Roles: ``q k v`` (and fusions of them, ``qkv``) reach an attention operand through reshapes, rotary
+embedding and normalisation; ``cross_kv`` are k and v from other tokens than q's; ``attn_out``
+reads attention; ``modulation`` makes the scale, shift or gate of a norm or a branch; ``mlp_up``
+feeds an activation or the linear half of a gated one, ``mlp_gate`` its gated half, ``mlp_down``
+reads the result; ``time_embed``, ``text_embed``, ``patch_embed`` depend on the timestep, the text
+or the latent and lie before the blocks, ``proj_out`` after them.
+
+Schemes: the last matching rule of the context wins, ``w8a8`` if none. High precision (``none``):
+attention and convolutions; what the model's class asks for (``keep=hints``); and by ``keep=default``
+also embeddings, modulation and the output projection, which every published recipe leaves alone
+because they are a percent of the work and carry the conditioning. A rule that names a site exactly
+overrides both.
+
+Source: SmoothQuant and later recipes quantise attention and MLP linears only, arXiv 2211.10438,
+    section 5; for DiTs: ViDiT-Q, arXiv 2406.02540, section 4.
+Invariant: nothing computed changes; only notes are written.
+Online: nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import ClassVar, final
+
+from torch import fx
+
+from vdqc.base.scheme import QuantScheme
+from vdqc.engine.pass_manager import Context, Pass, PassResult
+from vdqc.ir.analysis.dataflow import attention_operands, norm_modulations, residual_adds
+from vdqc.ir.analysis.roles import find_roles
+from vdqc.ir.analysis.tokens import token_frames
+from vdqc.ir.graph import Graph, Stage, weight_source
+from vdqc.ir.site import Site, SiteKind, set_note
+
+_NONE = QuantScheme.parse("none")
+_DEFAULT = QuantScheme.parse("w8a8")
+_KEPT_ROLES = frozenset({"time_embed", "text_embed", "patch_embed", "modulation", "proj_out"})
+#: Smallest group that a fallback chooses: below it the scales cost more than a bit per weight.
+_MIN_GROUP = 16
+
+
+class Keep(enum.StrEnum):
+    """What stays in high precision although a rule would quantise it."""
+
+    DEFAULT = "default"
+    HINTS = "hints"
+    NOTHING = "nothing"
+
+
+@final
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """Write role and scheme on every site; ``keep`` says what stays in high precision."""
+
+    name: ClassVar[str] = "annotate"
+    at: ClassVar[frozenset[Stage]] = frozenset({Stage.CAPTURED})
+    to: ClassVar[Stage | None] = Stage.ANNOTATED
+    exact: ClassVar[bool] = True
+
+    keep: Keep = Keep.DEFAULT
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        """Notes only; the facts are counts and the token to frame map."""
+        roles = find_roles(graph)
+        shared = _shared_weights(graph)
+        schemes = {}
+        for site in graph.sites():
+            scheme = _NONE
+            if site.kind is SiteKind.LINEAR:
+                scheme = self._scheme(graph, ctx, site, roles[site.name], shared)
+            schemes[site.name] = scheme.text
+            set_note(site.node, role=roles[site.name], scheme=scheme.text)
+        return PassResult(
+            0,
+            {
+                "roles": dict(Counter(roles.values())),
+                "schemes": dict(Counter(schemes.values())),
+                **_mark(graph),
+            },
+        )
+
+    def _scheme(
+        self, graph: Graph, ctx: Context, site: Site, role: str, shared: set[fx.Node]
+    ) -> QuantScheme:
+        """The scheme of one linear site, after everything that may keep it in float."""
+        matching = [rule for rule in ctx.rules if _selects(rule.select, site.name)]
+        scheme = matching[-1].scheme if matching else _DEFAULT
+        exact = bool(matching) and matching[-1].select == site.name
+        if scheme.is_none:
+            return scheme
+        reason = self._reason(graph, site, role, shared, exact)
+        if reason is not None:
+            ctx.diagnostics.remark(site.name, *reason)
+            return _NONE
+        return _legal_groups(ctx, site, scheme)
+
+    def _reason(
+        self, graph: Graph, site: Site, role: str, shared: set[fx.Node], exact: bool
+    ) -> tuple[str, str] | None:
+        """Code and sentence if the site must or should stay in float."""
+        if not graph.is_constant(site.weight):
+            return "weight-varies", "the weight depends on an input: left in float"
+        if exact:
+            return None
+        if weight_source(site.weight) in shared:
+            return "weight-shared", "several sites read this weight: left in float"
+        hint = _hint(site.name, graph.origin.keep) if self.keep is not Keep.NOTHING else None
+        if hint is not None:
+            return "kept-by-model", f"the model asks for high precision ('{hint}'): left in float"
+        if self.keep is Keep.DEFAULT and role in _KEPT_ROLES:
+            return "kept-by-role", f"its role is {role}: left in float (name it to quantise it)"
+        return None
+
+
+# match ------------------------------------------------------------------------------------------
+
+
+def _selects(pattern: str, name: str) -> bool:
+    return pattern == name or fnmatch.fnmatchcase(name, pattern)
+
+
+def _hint(name: str, patterns: tuple[str, ...]) -> str | None:
+    """The first pattern that matches ``name`` as diffusers reads it: a regex, found anywhere."""
+    for pattern in patterns:
+        try:
+            found = re.search(pattern, name)
+        except re.error:
+            found = re.search(re.escape(pattern), name)
+        if found:
+            return pattern
+    return None
+
+
+def _shared_weights(graph: Graph) -> set[fx.Node]:
+    sources = Counter(
+        weight_source(site.weight) for site in graph.sites() if site.kind is not SiteKind.ATTENTION
+    )
+    return {source for source, count in sources.items() if source is not None and count > 1}
+
+
+# math -------------------------------------------------------------------------------------------
+
+
+def nearest_group(width: int, wanted: int) -> int | None:
+    """The divisor of ``width`` nearest to ``wanted`` by ratio, at most twice off, or None."""
+    divisors = [
+        size
+        for size in range(max(_MIN_GROUP, (wanted + 1) // 2), min(width, 2 * wanted) + 1)
+        if width % size == 0
+    ]
+    return min(divisors, key=lambda size: max(size / wanted, wanted / size), default=None)
+
+
+def _legal_groups(ctx: Context, site: Site, scheme: QuantScheme) -> QuantScheme:
+    """``scheme`` with a group size that divides the site's input channels."""
+    wanted = scheme.weight.granularity.size if scheme.weight is not None else 0
+    width = int(site.weight.meta["val"].shape[-1])
+    if not wanted or width % wanted == 0:
+        return scheme
+    group = nearest_group(width, wanted)
+    text = scheme.text.replace(f"-g{wanted}", f"-g{group}" if group else "")
+    chosen = f"groups of {group}" if group else "one scale per output channel"
+    ctx.diagnostics.warning(
+        site.name,
+        "group-size",
+        f"groups of {wanted} do not divide {width} input channels; using {chosen} ({text})",
+    )
+    return QuantScheme.parse(text)
+
+
+# rewrite ----------------------------------------------------------------------------------------
+
+
+def _mark(graph: Graph) -> dict[str, object]:
+    """Notes on attention, norms and residual adds; returns what the report tells of them."""
+    tokens = token_frames(graph)
+    nodes = {site.name: site for site in graph.sites(kind=SiteKind.ATTENTION)}
+    cross = 0
+    for entry in tokens:
+        site = nodes[entry.site]
+        operands = attention_operands(graph, site)
+        cross += operands.cross
+        facts = {key: value for key, value in asdict(entry).items() if key != "site"}
+        facts["extent"] = str(entry.extent)
+        set_note(site.node, tokens=facts, cross=operands.cross, rope=operands.rope)
+    modulations = norm_modulations(graph)
+    for found in modulations:
+        set_note(found.norm, role="norm" if found.scale is None else "modulated_norm")
+    residuals = residual_adds(graph)
+    for node in residuals:
+        set_note(node, role="residual_add")
+    return {
+        "attention": {"self": len(tokens) - cross, "cross": cross},
+        "norms": {
+            "bare": sum(found.scale is None for found in modulations),
+            "modulated": sum(found.scale is not None for found in modulations),
+        },
+        "residual_adds": len(residuals),
+        "tokens": [asdict(entry) for entry in tokens],
+    }

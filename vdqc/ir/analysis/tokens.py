@@ -1,0 +1,154 @@
+"""Which tokens of an attention are which frames, read off the symbolic shapes.
+
+A video token axis has a size such as ``s1*(s2//2)*(s3//2)``: a product in which one factor comes
+from the frame axis of an input. Further terms of a sum are text tokens, joined by a ``cat``.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any, final
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from vdqc.ir.analysis.channels import aligned, shape
+from vdqc.ir.analysis.dataflow import MOVES
+from vdqc.ir.graph import Graph
+from vdqc.ir.site import SiteKind
+
+A = torch.ops.aten
+
+
+class Extent(enum.StrEnum):
+    """What one attention spans."""
+
+    VIDEO = "video"  # all frames at once, perhaps with text
+    FRAME = "frame"  # the tokens of one frame
+    TIME = "time"  # one position over all frames
+    OTHER = "other"  # text alone, or sizes that do not tell
+
+
+@final
+@dataclass(frozen=True)
+class TokenFrames:
+    """The token axis of one attention's query; sizes are expressions over the signature's symbols.
+
+    Attributes:
+        site: name of the attention site.
+        extent: what it spans.
+        tokens: size of the axis.
+        frames: latent frames F ("" where unknown).
+        tokens_per_frame: tokens of one frame ("" where unknown).
+        text: tokens beside the video's ("" for none).
+        text_first: True if they come before the video's.
+        frame_major: True if a frame's tokens are neighbours.
+    """
+
+    site: str
+    extent: Extent
+    tokens: str
+    frames: str = ""
+    tokens_per_frame: str = ""
+    text: str = ""
+    text_first: bool = False
+    frame_major: bool = False
+
+
+def token_frames(graph: Graph) -> list[TokenFrames]:
+    """One entry per attention site, in program order."""
+    frames = _frame_symbols(graph)
+    merges = _merges(graph)
+    return [
+        _frames_of(site.name, site.node, frames, merges)
+        for site in graph.sites(kind=SiteKind.ATTENTION)
+    ]
+
+
+def _frames_of(
+    name: str, node: fx.Node, frame_symbols: set[Any], merges: dict[Any, list[list[Any]]]
+) -> TokenFrames:
+    query = node.args[0]
+    assert isinstance(query, fx.Node)
+    tokens = sympy.sympify(shape(query)[-2])
+    terms = list(sympy.Add.make_args(sympy.expand(tokens)))
+    video = [t for t in terms if t.free_symbols & frame_symbols]
+    if len(video) != 1:
+        batch = sympy.sympify(shape(query)[0]).free_symbols
+        in_batch = bool(batch & frame_symbols) and len(tokens.free_symbols) > 0
+        extent = Extent.FRAME if in_batch else Extent.OTHER
+        per_frame = str(tokens) if in_batch else ""
+        return TokenFrames(name, extent, str(tokens), tokens_per_frame=per_frame)
+    factors = sympy.Mul.make_args(video[0])
+    frames = sympy.Mul(*(f for f in factors if f.free_symbols & frame_symbols))
+    space = sympy.Mul(*(f for f in factors if not f.free_symbols & frame_symbols))
+    text = sympy.Add(*(t for t in terms if t is not video[0]))
+    time_only = not space.free_symbols and not text.free_symbols
+    return TokenFrames(
+        name,
+        Extent.TIME if time_only else Extent.VIDEO,
+        str(tokens),
+        str(frames),
+        str(space),
+        str(text) if text != 0 else "",
+        text != 0 and _text_first(query, video[0]),
+        _is_frame_major(video[0], frames, merges),
+    )
+
+
+def _frame_symbols(graph: Graph) -> set[Any]:
+    """Symbols of the frame axis of five-dimensional inputs, [B, C, F, H, W] or a permutation."""
+    symbols: set[Any] = set()
+    for node in graph.inputs:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.ndim != 5:
+            continue
+        varying = [a for a, size in enumerate(value.shape) if not isinstance(size, int) and a > 0]
+        if len(varying) == 3:
+            symbols |= shape(node)[varying[0]].free_symbols
+    return symbols
+
+
+def _merges(graph: Graph) -> dict[Any, list[list[Any]]]:
+    """Merged size to the sizes it was merged from, over all reshapes."""
+    found: dict[Any, list[list[Any]]] = {}
+    for node in graph.nodes:
+        if node.target is not A.reshape.default:
+            continue
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        out, inner = shape(node), shape(source)
+        for outs, ins in aligned(out, inner):
+            if len(outs) == 1 and len(ins) > 1:
+                size = sympy.expand(sympy.sympify(out[outs[0]]))
+                found.setdefault(size, []).append([inner[axis] for axis in ins])
+    return found
+
+
+def _is_frame_major(video: Any, frames: Any, merges: dict[Any, list[list[Any]]]) -> bool:
+    sources = merges.get(sympy.expand(video), [])
+    return bool(sources) and all(
+        next((s for s in sizes if s != 1), None) == frames for sizes in sources
+    )
+
+
+def _text_first(node: fx.Node, video: Any) -> bool:
+    """Whether the joining ``cat`` above ``node`` has the video part last."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current.target is A.cat.default:
+            parts: Any = current.args[0]
+            extents = [[sympy.sympify(size) for size in shape(part)] for part in parts]
+            at = [index for index, sizes in enumerate(extents) if video in sizes]
+            if len(at) == 1 and len(parts) > 1:
+                return at[0] == len(parts) - 1
+        for operand in current.all_input_nodes:
+            if operand not in seen and (
+                current.target in MOVES or len(seen) < 60
+            ):  # norms and rope lie between
+                seen.add(operand)
+                pending.append(operand)
+    return False
