@@ -35,12 +35,14 @@ class StoredTensor:
     def read(self) -> Tensor:
         """The whole tensor, in memory of its own."""
         with safe_open(self.file, framework="pt") as handle:
-            return handle.get_tensor(self.key).clone()
+            tensor: Tensor = handle.get_tensor(self.key)
+            return tensor.clone()
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start:stop`` of the first axis."""
         with safe_open(self.file, framework="pt") as handle:
-            return handle.get_slice(self.key)[start:stop].clone()
+            rows: Tensor = handle.get_slice(self.key)[start:stop]
+            return rows.clone()
 
     @property
     def nbytes(self) -> int:
@@ -48,11 +50,15 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-_DTYPES = {
+#: Names that safetensors files give to dtypes.
+STORED_DTYPES = {
+    "C64": torch.complex64,
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -69,9 +75,11 @@ def stored_tensors(file: Path) -> Iterator[StoredTensor]:
     """
     try:
         with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():
+            for key in handle.keys():  # noqa: SIM118 (a handle, not a dictionary)
                 view = handle.get_slice(key)
-                yield StoredTensor(file, key, tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+                yield StoredTensor(
+                    file, key, tuple(view.get_shape()), STORED_DTYPES[view.get_dtype()]
+                )
     except Exception as error:
         if isinstance(error, InputError):
             raise

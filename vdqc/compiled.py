@@ -1,0 +1,241 @@
+"""The module that stands in for a compiled model, made from an artifact alone.
+
+It is called as the original was, returns what the original returned, and shows the attributes that
+diffusers and transformers pipelines read; the original's source is neither needed nor imported.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from vdqc.base.diagnostics import ArtifactError, InputError
+from vdqc.base.target import TARGETS, Target
+from vdqc.ir import artifact, ops  # noqa: F401 (registers the vdqc:: ops)
+from vdqc.ir.graph import Graph, Origin
+from vdqc.kernels.table import KERNELS
+from vdqc.lowering.prepare import compile_blocks, prepare
+from vdqc.stand_in import TracedBinding, base_class, config_object, output_builder
+
+
+def load(
+    path: Path | str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> CompiledModel:
+    """The model in the artifact folder ``path``, on ``device``.
+
+    Weights are mapped from their files, so that they are read when first used. ``dtype`` only
+    asserts: a program computes in the dtype that it was captured in. ``verify=False`` skips the
+    hashes of the files. Raises ArtifactError for a folder that is damaged, foreign or newer.
+    """
+    register_kernels()
+    found = artifact.read(path, verify=verify)
+    graph = found.graph()
+    target = TARGETS.get(found.manifest["target"], TARGETS["cpu"])
+    model = stand_in(graph, target)
+    if dtype is not None and dtype != model.dtype:
+        raise ArtifactError(
+            f"the program computes in {model.dtype}, {dtype} was asked for",
+            "compile the model again, loaded in that dtype",
+        )
+    return model.to(device)
+
+
+def stand_in(graph: Graph, target: Target) -> CompiledModel:
+    """The stand-in for a graph in memory."""
+    return _class(graph.origin.model_class.partition(".")[0])(graph, target)
+
+
+def register_kernels() -> None:
+    """Import every kernel, so that a program may call it."""
+    import importlib
+
+    for place in KERNELS.values():
+        importlib.import_module(place.partition(":")[0])
+
+
+class CompiledModel(nn.Module):
+    """A compiled program behind the interface of the model it came from.
+
+    Attributes:
+        program: the program as a ``GraphModule``; its weights are the model's.
+        signature: how it is called.
+        origin: the class, configuration and dtype that it came from.
+        target: the machine it was compiled for.
+        config: the configuration, as the model's library presents it.
+    """
+
+    program: fx.GraphModule
+    _prepared: nn.Module
+
+    def __init__(self, graph: Graph, target: Target) -> None:
+        super().__init__()
+        self.program = graph.module
+        self.signature = graph.signature
+        self.origin = graph.origin
+        self.target = target
+        self._internal_dict = config_object(graph.origin)
+        self._binding = TracedBinding(graph.signature)
+        self._build = output_builder(graph.signature)
+        self._compiled = False
+        self._prepare()
+        self.register_state_dict_post_hook(_original_names)
+        self.register_load_state_dict_pre_hook(_program_names)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original's ``forward`` returns for this call; raises InputError if it differs
+        from the calls that were captured in more than the sizes that may vary."""
+        return_dict = self._return_dict(args, kwargs)
+        if torch.compiler.is_compiling():
+            outputs = self._prepared(*self._binding.bind(args, kwargs))
+        else:
+            inputs = self.signature.bind(args, kwargs)
+            outputs = (self._prepared if self._compiled else self.program)(*inputs)
+        return self._build(outputs, return_dict)
+
+    def compile(self, **options: Any) -> None:
+        """``torch.compile`` the program piece by piece; equal blocks are compiled once.
+
+        Calls keep their full checks, which stay outside. ``options`` as for ``torch.compile``.
+        """
+        compile_blocks(self._prepared, **{"fullgraph": True, **options})
+        self._compiled = True
+
+    def compile_repeated_blocks(self, **options: Any) -> None:
+        """As ``compile``; diffusers' name for it."""
+        self.compile(**options)
+
+    @property
+    def config(self) -> Any:
+        """The original's configuration."""
+        return self._internal_dict
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the program computes in."""
+        dtype: torch.dtype = getattr(torch, self.origin.dtype)
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        for tensor in [*self.parameters(), *self.buffers()]:
+            return tensor.device
+        return torch.device("cpu")
+
+    def num_parameters(self, only_trainable: bool = False, **_: Any) -> int:
+        """Number of stored values, packed ones counted as they are stored."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return sum(t.numel() for t in tensors if t.requires_grad or not only_trainable)
+
+    @contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Accepted and ignored: step caches hook into the original's submodules."""
+        yield
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the artifact folder is the saved form."""
+        raise InputError(
+            "a compiled model is saved already: expected a copy of its artifact folder",
+            "save the pipeline without it, and load both",
+        )
+
+    def extra_repr(self) -> str:
+        """Class, dtype and target."""
+        return f"{self.origin.model_class}, dtype={self.origin.dtype}, target={self.target}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
+        """Move the weights; what would also convert them is refused."""
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if probe.dtype != self.dtype:
+            raise InputError(
+                f"the program computes in {self.dtype}, it cannot be converted to {probe.dtype}",
+                f"compile the model again, loaded in {probe.dtype}",
+            )
+        super()._apply(fn, recurse)
+        if _retarget(self.program, probe.device):
+            self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        """Make the form that compilers see; it shares the program's weights and is not a child."""
+        self.__dict__["_prepared"] = prepare(self.program, self.target)
+        self._compiled = False
+
+    def _return_dict(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        parameters = self.signature.parameters
+        if "return_dict" not in parameters:
+            return bool(kwargs.pop("return_dict", True))
+        position = parameters.index("return_dict")
+        default = self.signature.defaults.get("return_dict")
+        given = args[position] if len(args) > position else kwargs.get("return_dict", default)
+        return True if given is None else bool(given)
+
+
+def _refused(name: str, advice: str) -> Callable[..., None]:
+    def method(self: CompiledModel, *args: Any, **kwargs: Any) -> None:
+        raise InputError(f"{name} hooks into submodules, which a compiled program has not", advice)
+
+    return method
+
+
+_REFUSED = {
+    "enable_group_offload": "use enable_model_cpu_offload on the pipeline",
+    "enable_layerwise_casting": "compile with a scheme of fewer bits",
+    "set_attention_backend": "the attention kernel was chosen when the model was compiled",
+    "set_attn_processor": "change the attention before the model is compiled",
+    "fuse_qkv_projections": "fuse them before the model is compiled",
+    "add_adapter": "fuse the adapter before the model is compiled",
+    "load_lora_adapter": "fuse the adapter before the model is compiled",
+}
+
+
+@functools.cache
+def _class(library: str) -> type[CompiledModel]:
+    """The stand-in for models of ``library``, an instance of the class that pipelines expect."""
+    base = base_class(Origin(model_class=f"{library}."))
+    if base is None:
+        return CompiledModel
+    refused = {name: _refused(name, advice) for name, advice in _REFUSED.items()}
+    return type("CompiledModel", (CompiledModel, base), {**refused, "__module__": __name__})
+
+
+_PROGRAM = "program."
+
+
+def _original_names(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    for key in [key for key in state if key.startswith(prefix + _PROGRAM)]:
+        state[prefix + key.removeprefix(prefix + _PROGRAM)] = state.pop(key)
+
+
+def _program_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[prefix + _PROGRAM + key.removeprefix(prefix)] = state.pop(key)
+
+
+def _retarget(program: fx.GraphModule, device: torch.device) -> bool:
+    """Rewrite devices that the program names; True if any changed."""
+    changed = False
+    for node in program.graph.nodes:
+        named = node.kwargs.get("device")
+        if isinstance(named, torch.device) and named != device:
+            node.update_kwarg("device", device)
+            changed = True
+    if changed:
+        program.recompile()
+    return changed

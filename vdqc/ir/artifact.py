@@ -1,0 +1,356 @@
+"""The artifact: a folder that holds a compiled program and everything said about it.
+
+::
+
+    out/
+      manifest.json         what was done, with the hash of every other file
+      program.json          the program (vdqc.ir.program)
+      weights.safetensors   its weights, packed as the program reads them; sharded above 2 GB
+      ir/00_captured.txt    the printed IR after each pass
+      report.html
+
+``staging`` gives a folder to fill, ``write`` fills it, ``seal`` hashes it, ``read`` refuses
+whatever is not exactly that. Reading never unpickles and never runs code from the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from vdqc.base.diagnostics import ArtifactError, Diagnostic, InputError
+from vdqc.engine.pass_manager import PassRecord
+from vdqc.engine.recipe import Recipe
+from vdqc.ir import program
+from vdqc.ir import staging as _staging
+from vdqc.ir.graph import Graph, Origin, Stage
+from vdqc.ir.weight_files import Weight, weight_bytes, write_weights
+from vdqc.ir.weights import StoredTensor, stored_folder, stored_tensors
+from vdqc.version import __version__
+
+FORMAT_NAME = "vdqc-artifact"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PROGRAM = "program.json"
+WEIGHTS = "weights.safetensors"
+
+#: Wraps an iterable with a progress bar: ``(items, description) -> items``.
+Progress = Callable[[Any, str], Any]
+
+
+def _silent(items: Any, description: str) -> Any:
+    return items
+
+
+def staging(out: Path, force: bool = False) -> AbstractContextManager[Path]:
+    """A folder to fill, which becomes ``out`` as a whole or not at all.
+
+    Raises ArtifactError if ``out`` exists; with ``force`` an artifact there is replaced.
+    """
+    return _staging.staging(out, force, replaceable=is_artifact)
+
+
+def is_artifact(folder: Path) -> bool:
+    """True if ``folder`` has the manifest of an artifact, of any version, whole or damaged."""
+    try:
+        _check_kind(folder, _manifest(folder))
+    except ArtifactError as error:
+        return error.diagnostic.code == "artifact-version"
+    return True
+
+
+# -- writing --------------------------------------------------------------------------------
+
+
+def write(
+    graph: Graph,
+    folder: Path,
+    *,
+    recipe: Recipe | None = None,
+    records: Sequence[PassRecord] = (),
+    choices: Sequence[Any] = (),
+    diagnostics: Iterable[Diagnostic] = (),
+    ir_texts: Mapping[str, str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    target: object = "",
+) -> None:
+    """Write program, weights, printed IR and the manifest, which ``seal`` then completes.
+
+    Stored weights are copied piece by piece, so memory stays bounded. ``choices`` are dataclasses
+    or mappings of JSON values. Raises ArtifactError if the disk has not enough space.
+    """
+    weights, tied = _distinct(graph)
+    text = program.dumps(graph, tied)
+    printed = ir_texts or {}
+    needed = sum(map(weight_bytes, weights.values())) + len(text) + sum(map(len, printed.values()))
+    _staging.require_space(folder, needed)
+    write_weights(folder, weights)
+    (folder / PROGRAM).write_text(text)
+    (folder / "ir").mkdir(exist_ok=True)
+    for name, ir in printed.items():
+        (folder / "ir" / f"{name}.txt").write_text(ir + "\n")
+    manifest = {
+        "format": {"name": FORMAT_NAME, "version": FORMAT_VERSION},
+        "versions": {"vdqc": __version__, "torch": str(torch.__version__)},
+        "recipe": str(recipe) if recipe else "",
+        "rules": [str(rule) for rule in recipe.rules] if recipe else [],
+        "target": str(target),
+        "stage": graph.stage,
+        "origin": graph.origin,
+        "passes": records,
+        "kernels": choices,
+        "ops": list(program.needed_ops(graph)),
+        "weights": {
+            "count": len(weights),
+            "bytes": sum(map(weight_bytes, weights.values())),
+        },
+        "diagnostics": list(diagnostics),
+        "facts": facts or {},
+    }
+    _write_json(folder / MANIFEST, manifest)
+
+
+def seal(folder: Path, progress: Progress = _silent) -> None:
+    """Add size and hash of every file to the manifest: the last step, also of adding a file."""
+    manifest = _manifest(folder)
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST
+    )
+    manifest["files"] = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        for path in progress(files, "hash")
+    }
+    manifest["seal"] = _seal(manifest)
+    _write_json(folder / MANIFEST, manifest)
+
+
+def _distinct(graph: Graph) -> tuple[dict[str, Weight], dict[str, str]]:
+    """Weights to store by name; stored name of every weight that shares another's memory."""
+    weights: dict[str, Weight] = {}
+    tied: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name in graph.param_names():
+        weight = graph.stored.get(name) or graph.param(name)
+        key: Any = weight
+        if isinstance(weight, Tensor):
+            place = (weight.data_ptr(), weight.device) if weight.numel() else name
+            key = (place, tuple(weight.shape), weight.stride(), weight.dtype)
+        if key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            weights[name] = weight
+    return weights, tied
+
+
+def _write_json(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Replace ``file`` in one step."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(plain(manifest), indent=1, allow_nan=False) + "\n")
+    os.replace(part, file)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON: dataclasses as objects, enums and what else has a text as that text.
+
+    A float that is not finite becomes "inf", "-inf" or "nan", which ``float`` reads back.
+    """
+    match value:
+        case enum.Enum():
+            return str(value)
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case Mapping():
+            return {str(key): plain(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: plain(getattr(value, field.name)) for field in fields}
+    return str(value)
+
+
+# -- reading --------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True)
+class Artifact:
+    """A folder that was found whole."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    def graph(self, *, stored: bool = False) -> Graph:
+        """The program with its weights mapped from their files, or left there with ``stored``."""
+        places = _places(self.path)
+        weights: Mapping[str, Weight] = places if stored else dict(_mapped(places))
+        text = (self.path / PROGRAM).read_text()
+        return program.from_json(json.loads(text), weights, self.origin)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the program came from."""
+        data = self.manifest["origin"]
+        return Origin(
+            model_class=data["model_class"],
+            config=data["config"],
+            dtype=data["dtype"],
+            keep=tuple(data["keep"]),
+            repairs=tuple(data["repairs"]),
+        )
+
+    @property
+    def records(self) -> tuple[PassRecord, ...]:
+        """What each pass did."""
+        return tuple(_record(entry) for entry in self.manifest["passes"])
+
+    @property
+    def ir(self) -> dict[str, str]:
+        """The printed IR after each pass, by its numbered name, in order."""
+        files = sorted((self.path / "ir").glob("*.txt"))
+        return {file.stem: file.read_text() for file in files}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole folder, without the manifest."""
+        return sum(entry["bytes"] for entry in self.manifest["files"].values())
+
+
+def read(path: Path | str, *, verify: bool = True, progress: Progress = _silent) -> Artifact:
+    """The artifact at ``path``, after every file was found to be the one that was sealed.
+
+    ``verify=False`` skips the hashes (sizes are still compared). Raises ArtifactError saying what
+    is wrong and what to do, before anything is computed or any weight is read.
+    """
+    folder = Path(path)
+    manifest = _manifest(folder)
+    _check_kind(folder, manifest)
+    if "files" not in manifest or "seal" not in manifest:
+        raise ArtifactError(f"{folder} was never finished", "compile the model again")
+    if manifest["seal"] != _seal(manifest):
+        raise _damaged(f"{folder / MANIFEST} is not the one that was written")
+    for name, entry in manifest["files"].items():
+        _check_size(folder, name, entry)
+    if PROGRAM not in manifest["files"]:
+        raise _damaged(f"{folder} has no {PROGRAM}")
+    for place in _places(folder).values():
+        if place.file.relative_to(folder).as_posix() not in manifest["files"]:
+            raise _damaged(f"{place.file} holds weights and is not in the manifest")
+    if verify:
+        for name, entry in progress(list(manifest["files"].items()), "verify"):
+            if _hash(folder / name) != entry["sha256"]:
+                raise _damaged(
+                    f"{folder / name} is not the file that was written: its hash differs"
+                )
+    return Artifact(folder, manifest)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise ArtifactError(
+            f"expected an artifact folder at {folder}, found {found}",
+            "give the folder that vdqc compile wrote",
+        )
+    if not (folder / MANIFEST).is_file():
+        raise _foreign(folder, "it has no manifest.json")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _damaged(f"{folder / MANIFEST} is not JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise _foreign(folder, "its manifest.json is not an object")
+    return manifest
+
+
+def _check_kind(folder: Path, manifest: Mapping[str, Any]) -> None:
+    form = manifest.get("format")
+    if not isinstance(form, dict) or form.get("name") != FORMAT_NAME:
+        raise _foreign(folder, "its manifest.json is another program's")
+    version = form.get("version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder} has format version {version}; this vdqc {__version__} reads up to "
+            f"{FORMAT_VERSION}",
+            "upgrade vdqc, or compile the model again with this version",
+            code="artifact-version",
+        )
+
+
+def _check_size(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or "\\" in name or ".." in parts:
+        raise _damaged(f"the manifest names {name!r}, which is not a file of the folder")
+    file = folder / name
+    if not file.is_file():
+        raise _damaged(f"{file} is missing")
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise _damaged(f"{file} is a link to another place")
+    size = file.stat().st_size
+    if size != entry["bytes"]:
+        raise _damaged(f"{file} should have {entry['bytes']} bytes, it has {size}")
+
+
+def _foreign(folder: Path, reason: str) -> ArtifactError:
+    model = (folder / "config.json").is_file() or (folder / "model_index.json").is_file()
+    advice = f"vdqc compile {folder}" if model else "give the folder that vdqc compile wrote"
+    return ArtifactError(f"{folder} is not a vdqc artifact: {reason}", advice)
+
+
+def _damaged(reason: str) -> ArtifactError:
+    return ArtifactError(
+        f"the artifact is damaged: {reason}", "copy it again, or compile the model again"
+    )
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """Hash of everything in the manifest but the seal itself."""
+    content = {key: value for key, value in plain(manifest).items() if key != "seal"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _places(folder: Path) -> dict[str, StoredTensor]:
+    """Where each weight is, from the headers of the weight files alone."""
+    try:
+        if (folder / f"{WEIGHTS}.index.json").is_file():
+            return stored_folder(folder)
+        return {stored.key: stored for stored in stored_tensors(folder / WEIGHTS)}
+    except InputError as error:
+        raise _damaged(error.diagnostic.message) from error
+
+
+def _mapped(places: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors over private mappings of their files: read from disk when first touched."""
+    for file in dict.fromkeys(place.file for place in places.values()):
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 (a handle, not a dictionary)
+                yield key, handle.get_tensor(key)
+
+
+def _record(entry: Mapping[str, Any]) -> PassRecord:
+    stages = {str(stage): stage for stage in Stage}
+    numbers = {
+        key: None if entry[key] is None else float(entry[key]) for key in ("error", "sqnr_db")
+    }
+    return PassRecord(**{**entry, **numbers, "stage": stages[entry["stage"]]})
