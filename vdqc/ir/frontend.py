@@ -27,20 +27,35 @@ from vdqc.base.diagnostics import CaptureError, Diagnostics, InputError
 from vdqc.ir.dynamic import Plan, coincidences, plans
 from vdqc.ir.functionalize import plain_module
 from vdqc.ir.graph import Graph, Origin
+from vdqc.ir.meta import (
+    attribute,
+    has_attribute,
+    retarget,
+    set_attribute,
+    tensors_on_meta,
+    to_meta,
+)
 from vdqc.ir.relations import Symbols, check_example
 from vdqc.ir.repairs import repaired
 from vdqc.ir.sample import Sample
 from vdqc.ir.signature import IntInput, Signature, TensorInput, call_leaves, describe_output
+from vdqc.ir.weights import StoredTensor
 
 
 def capture(
-    model: nn.Module, samples: Sequence[Sample], diagnostics: Diagnostics | None = None
+    model: nn.Module,
+    samples: Sequence[Sample],
+    diagnostics: Diagnostics | None = None,
+    stored: Mapping[str, StoredTensor] | None = None,
 ) -> Graph:
     """The graph of ``model`` for calls like ``samples``; the first is the example.
 
     A size that differs between two samples is dynamic; without a difference, whatever can vary
-    does. Raises CaptureError with the line that could not be traced.
+    does. ``stored`` are weights on disk whose parameters are on the meta device: then nothing is
+    computed and nothing is read. Raises CaptureError with the line that could not be traced.
     """
+    if stored:
+        return _capture_stored(model, samples, diagnostics, stored)
     diagnostics = diagnostics or Diagnostics()
     if not samples:
         raise InputError("expected at least one sample, got none", "yield one from samples()")
@@ -76,6 +91,33 @@ def capture(
     for sentence in repairs:
         diagnostics.remark("", "capture-repair", sentence)
     return Graph(module, signature, origin=origin_of(model, tuple(repairs)))
+
+
+def _capture_stored(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    diagnostics: Diagnostics | None,
+    stored: Mapping[str, StoredTensor],
+) -> Graph:
+    """Capture on the meta device, then retarget to the CPU with every tensor in its place."""
+    meta = [Sample(to_meta(dict(sample.inputs)), sample.timestep) for sample in samples]
+    with tensors_on_meta(model), torch.device("meta"):
+        graph = capture(model, meta, diagnostics)
+    retarget(graph.module, torch.device("cpu"))
+    names = graph.param_names()
+    for name in names:
+        if name in stored:
+            continue
+        value = attribute(model, name) if has_attribute(model, name) else None
+        value = value if value is not None else attribute(graph.module, name)
+        if value.is_meta:
+            raise CaptureError(
+                f"the value of constant '{name}' is not known on the meta device",
+                "load the model in memory: mapped=False",
+            )
+        set_attribute(graph.module, name, value)
+    kept = {name: tensor for name, tensor in stored.items() if name in names}
+    return Graph(graph.module, graph.signature, origin=graph.origin, stored=kept)
 
 
 def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:

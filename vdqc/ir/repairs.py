@@ -90,12 +90,21 @@ REPAIRS: tuple[Repair, ...] = (
         "the grid is computed by tensor arithmetic on sizes, for both orientations at once",
     ),
     Repair(
+        "DepthAnythingDepthEstimationHead",
+        "forward",
+        repairs_positions.depth_head,
+        "the output size stays symbolic",
+    ),
+    Repair(
         "CogVideoXPatchEmbed",
         "_get_positional_embeddings",
         repairs_positions.cogvideox_positions,
         "the position table is joined to zeros for the text instead of written into them",
     ),
 )
+
+
+_LIBRARIES = ("diffusers.", "transformers.")
 
 
 @contextmanager
@@ -109,7 +118,7 @@ def repaired(model: nn.Module) -> Iterator[list[str]]:
         stack.enter_context(_native_attention())
         for repair in REPAIRS:
             cls = classes.get(repair.applies)
-            if cls is None or not cls.__module__.startswith("diffusers."):
+            if cls is None or not cls.__module__.startswith(_LIBRARIES):
                 continue
             owner, attribute = _place(cls, repair.attribute)
             stack.enter_context(mock.patch.object(owner, attribute, repair.replacement))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def scalar(value: Any, device: torch.device | None = None) -> Tensor:
@@ -161,3 +162,16 @@ def qwen_rope(
         start = torch.sym_max(start, torch.sym_max(*sides))
     positions, _ = self._get_device_freqs(device)
     return torch.cat(tables), positions[start : start + max_txt_seq_len]
+
+
+def depth_head(self: Any, hidden_states: Any, patch_height: Any, patch_width: Any) -> Tensor:
+    """DepthAnythingDepthEstimationHead: three convolutions around a bilinear resize.
+
+    The original takes ``int()`` of the output size.
+    """
+    size = (patch_height * self.patch_size, patch_width * self.patch_size)
+    x = self.conv1(hidden_states[self.head_in_index])
+    x = functional.interpolate(x, size, mode="bilinear", align_corners=True)
+    x = self.conv3(self.activation1(self.conv2(x)))
+    depth: Tensor = self.activation2(x) * self.max_depth
+    return depth.squeeze(dim=1)

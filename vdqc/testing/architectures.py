@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vdqc.ir import inputs
+from vdqc.ir.folder import kept_in_float32
 from vdqc.ir.inputs import Config, Draw, Extent, Factory, cast, sample_of
 from vdqc.ir.sample import Sample
 
@@ -112,7 +113,7 @@ def cast_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """``model`` in ``dtype`` but for what its class keeps in float32 (as ``from_pretrained``)."""
     if dtype == torch.float32:
         return model
-    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = kept_in_float32(model, dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not any(part in kept for part in name.split(".")):
             tensor.data = tensor.data.to(dtype)

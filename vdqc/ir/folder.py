@@ -1,0 +1,235 @@
+"""A diffusers or transformers folder (config.json and safetensors) to a model and samples.
+
+Weights may stay on disk: then the model is built with parameters on the meta device, and every
+parameter is a reference into a file. Nothing is unpickled and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from vdqc.base.diagnostics import ConfigError, InputError, nearest
+from vdqc.ir.inputs import INPUTS, samples_for
+from vdqc.ir.sample import Sample
+from vdqc.ir.weights import StoredTensor, stored_folder
+
+#: Components of a pipeline that are the denoiser, first match wins.
+DENOISERS = ("transformer", "unet")
+
+
+def load_folder(
+    folder: Path, component: str | None = None, mapped: bool | None = None
+) -> tuple[nn.Module, list[Sample], dict[str, StoredTensor]]:
+    """Model in eval mode, synthesised samples, and the weights that stay on disk."""
+    folder = _component_folder(folder, component)
+    config = _read_json(folder / "config.json")
+    library, class_name = _class_of(config, folder)
+    if class_name not in INPUTS:
+        raise InputError(
+            f"{folder}: no inputs are known for the class {class_name}",
+            "write a model.py with model() and samples() for it",
+            nearest(class_name, INPUTS),
+        )
+    weights = stored_folder(folder)
+    if not weights:
+        raise InputError(
+            f"expected safetensors files in {folder}, found none",
+            "save the model with save_pretrained(folder, safe_serialization=True)",
+        )
+    dtype = _common_dtype(weights)
+    if mapped is None:
+        mapped = sum(tensor.nbytes for tensor in weights.values()) > free_memory() / 2
+    model: nn.Module
+    stored: dict[str, StoredTensor] = {}
+    if mapped:
+        model, stored = _mapped_model(folder, library, class_name, weights, dtype)
+    else:
+        keyword = "torch_dtype" if library == "diffusers" else "dtype"
+        model = _class(library, class_name).from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, **{keyword: dtype}
+        )
+    return model.eval(), samples_for(class_name, _configuration(model), dtype), stored
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
+    """Name parts of what ``from_pretrained`` leaves in float32 for a model in ``dtype``.
+
+    Transformers applies its ordinary list to float16 alone, diffusers to bfloat16 as well.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return ()
+    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    strict = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    is_transformers = type(model).__module__.startswith("transformers.")
+    return strict if is_transformers and dtype == torch.bfloat16 else kept + strict
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without memory; buffers keep their values.
+
+    Buffers that are not in a checkpoint (rotary tables) are computed by the constructor alone.
+    """
+    register = nn.Module.register_parameter
+
+    def register_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    with mock.patch.object(nn.Module, "register_parameter", register_meta):
+        yield
+
+
+def _component_folder(folder: Path, component: str | None) -> Path:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        if component is not None:
+            raise ConfigError(
+                f"expected a pipeline with a component '{component}', {folder} has no "
+                "model_index.json",
+                "leave the component out for a folder with one model",
+            )
+        return folder
+    names = [name for name in _read_json(index) if (folder / name / "config.json").is_file()]
+    if component is None:
+        component = next((name for name in DENOISERS if name in names), None)
+        if component is None:
+            raise ConfigError(
+                f"expected {' or '.join(DENOISERS)} in the pipeline {folder}",
+                f"choose a component: {', '.join(names)}",
+            )
+    if component not in names:
+        raise ConfigError(
+            f"the pipeline {folder} has no component '{component}'", nearest(component, names)
+        )
+    return folder / component
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(
+            f"expected {path.name} in {path.parent}, found none",
+            "give a folder that save_pretrained wrote, or a model.py",
+        )
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}", "fetch or export it again") from error
+    if not isinstance(data, dict):
+        raise InputError(f"expected a JSON object in {path}, got {type(data).__name__}")
+    return data
+
+
+def _class_of(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
+    if "_class_name" in config:
+        return "diffusers", str(config["_class_name"])
+    if config.get("architectures"):
+        return "transformers", str(config["architectures"][0])
+    raise InputError(
+        f"expected '_class_name' or 'architectures' in {folder / 'config.json'}, found neither",
+        "give a folder that diffusers or transformers wrote",
+    )
+
+
+def _class(library: str, class_name: str) -> Any:
+    module = importlib.import_module(library)
+    if not hasattr(module, class_name):
+        version = getattr(module, "__version__", "?")
+        raise InputError(f"{library} {version} has no class {class_name}", f"update {library}")
+    return getattr(module, class_name)
+
+
+def _configuration(model: Any) -> dict[str, Any]:
+    config = model.config
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def _common_dtype(weights: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The dtype of most bytes; a model keeps a few tensors in another."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in weights.values():
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+
+def _mapped_model(
+    folder: Path,
+    library: str,
+    class_name: str,
+    weights: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+) -> tuple[nn.Module, dict[str, StoredTensor]]:
+    """The model with meta parameters and what each one is on disk.
+
+    A parameter whose dtype on disk is not the one it computes in (the class keeps it in float32)
+    is read at once; such parameters are small.
+    """
+    cls = _class(library, class_name)
+    with parameters_on_meta():
+        if library == "diffusers":
+            model = cls.from_config(cls.load_config(str(folder), local_files_only=True))
+        else:
+            model = cls(cls.config_class.from_pretrained(str(folder), local_files_only=True))
+    kept = kept_in_float32(model, dtype)
+    aliases: dict[int, str] = {
+        id(parameter): name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name in weights
+    }
+    stored = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        source = weights.get(name) or weights.get(aliases.get(id(parameter), ""))
+        if source is None:
+            raise InputError(f"{folder} lacks the weight '{name}' of {class_name}")
+        if source.shape != tuple(parameter.shape):
+            raise InputError(
+                f"expected {list(parameter.shape)} for '{name}' in {folder}, "
+                f"got {list(source.shape)}",
+                "the configuration and the weights are of different models",
+            )
+        is_kept = any(part in kept for part in name.split("."))
+        wanted = torch.float32 if is_kept else dtype
+        if not parameter.is_floating_point():
+            wanted = parameter.dtype
+        if source.dtype == wanted:
+            value = torch.empty(source.shape, dtype=wanted, device="meta")
+            stored[name] = source
+        else:
+            value = source.read().to(wanted)
+        _set(model, name, nn.Parameter(value, requires_grad=False))
+    for name, buffer in list(model.named_buffers()):
+        value = weights[name].read() if name in weights else buffer
+        is_kept = any(part in kept for part in name.split("."))
+        if value.is_floating_point() and not is_kept and name in weights:
+            value = value.to(dtype)
+        _set(model, name, value)
+    return model, stored
+
+
+def _set(model: nn.Module, name: str, value: Any) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    table = owner._parameters if isinstance(value, nn.Parameter) else owner._buffers
+    table[leaf] = value
