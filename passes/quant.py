@@ -18,7 +18,6 @@ Online: one quantisation of each group's input a call (fused with the GEMM's pro
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from vdqc.base import numerics
+from vdqc.base.diagnostics import InputError
 from vdqc.base.packing import packed_bytes
 from vdqc.base.ranges import clipped_range
 from vdqc.base.scheme import GranularityKind, QuantScheme, QuantSpec
@@ -74,7 +74,6 @@ class Quant(Pass):
         for group in ctx.progress(groups, "quantise"):
             if stats is not None:
                 warn_outliers(group, stats, ctx)
-            group = [fitting(site, ctx) for site in group]
             for site in group:
                 if (spec := _scheme(site).weight) is not None:
                     sites[site.name] = quantise_weight(graph, site, spec, self.weight_range)
@@ -103,28 +102,17 @@ def input_stats(
     return ctx.stats(graph) if ctx.samples and wanted else None
 
 
-def fitting(site: Site, ctx: Context) -> Site:
-    """``site`` with a scheme that its width allows: groups that do not divide it become rows."""
-    scheme = _scheme(site)
-    width = int(site.weight.meta["val"].shape[-1])
-    if scheme.weight is None or width % max(1, scheme.weight.granularity.size) == 0:
-        return site
-    text = str(scheme).replace(f"-g{scheme.weight.granularity.size}", "")
-    ctx.diagnostics.warning(
-        site.name,
-        "group-size",
-        f"groups of {scheme.weight.granularity.size} do not divide {width} input channels: "
-        f"{text} instead of {scheme}",
-    )
-    set_note(site.node, scheme=text)
-    return dataclasses.replace(site, scheme=QuantScheme.parse(text))
-
-
 def quantise_weight(
     graph: Graph, site: Site, spec: QuantSpec, weight_range: WeightRange
 ) -> dict[str, Any]:
     """Wrap the weight of ``site``; returns the facts about it. Holds one weight at a time."""
     weight = graph.evaluate(site.weight)
+    if weight.shape[-1] % max(1, spec.granularity.size):
+        raise InputError(
+            f"groups of {spec.granularity.size} do not divide {weight.shape[-1]} input channels",
+            f"give it another scheme: {site.name}=<scheme>",
+            site=site.name,
+        )
     scale, zero_point = weight_scale(weight, spec, weight_range)
     quantised = numerics.fake_quantize(weight, scale, zero_point, spec)
     stored = stored_bytes(weight, scale, zero_point, spec)

@@ -387,6 +387,7 @@ def module_path(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """``file:line  text`` of the user's code behind ``node``, or ""."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', node.stack_trace or "")
+    frames = [frame for frame in frames if "/torch/" not in frame[0]] or frames
     if not frames:
         return ""
     file, line, text = frames[-1]
