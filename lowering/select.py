@@ -9,7 +9,7 @@ from typing import final
 from torch import fx
 
 from vdqc.base.target import Target
-from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.graph import Graph
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import Site, SiteKind
 from vdqc.kernels.attention import torch_attention_cost
@@ -45,12 +45,11 @@ class KernelChoice:
     fallback: bool = False
 
 
-def choose(graph: Graph, target: Target) -> list[KernelChoice]:
+def choose(graph: Graph, target: Target, *, planned: bool = False) -> list[KernelChoice]:
     """The choice for every site, in program order; the graph stays as it is.
 
-    At annotated, where nothing is quantised yet, what each site's scheme will get.
+    ``planned`` asks before anything is quantised: what each site's scheme will get.
     """
-    planned = graph.stage is Stage.ANNOTATED
     return [choose_site(graph, site, target, planned=planned) for site in graph.sites()]
 
 
