@@ -8,25 +8,26 @@ Both are reported, because a user sees the second.
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from vdqc.base import metrics, numerics
 from vdqc.base.diagnostics import InputError
+from vdqc.calls import flat_output, users_code
 from vdqc.ir.source import Source
 
 Progress = Callable[[Any, str], Any]
+
+_ADVICE = "check that this is the model that the artifact was compiled from"
 
 
 @final
@@ -165,25 +166,34 @@ def check(
     videos: list[VideoQuality] = []
     frames: tuple[Tensor, Tensor] | None = None
     if source.generate is not None and generation:
-        for seed in progress(list(seeds), "generate"):
-            with step_locked(source.model, compiled, steps if seed == seeds[0] else None):
+        for seed in seeds:
+            calls = range(len(steps)) if steps else itertools.count()
+            bar = progress(calls, f"float model, seed {seed}")
+            first = seed == seeds[0]
+            locked = step_locked(source.model, compiled, steps) if first else nullcontext()
+            with counted_calls(source.model, bar), locked, users_code("generate()", _ADVICE):
                 reference = source.generate(source.model, seed)
-            video = source.generate(compiled, seed)
+            bar = progress(range(len(steps)), f"compiled model, seed {seed}")
+            with counted_calls(compiled, bar), users_code("generate()", _ADVICE):
+                video = source.generate(compiled, seed)
             videos.append(_quality(source, video, reference, seed))
             frames = frames or (reference.detach().cpu(), video.detach().cpu())
     else:
         with step_locked(source.model, compiled, steps):
             for sample in progress(list(source.samples), "step-locked"):
-                source.model(**sample.inputs)
+                with users_code("the float model", _ADVICE):
+                    source.model(**sample.inputs)
     if not steps:
         raise InputError(
             "expected generate(model, seed) to call the model it was given, it never did",
             "the step-locked error is measured on those calls",
         )
-    timings = time_both(source.model, compiled, source.samples[0].inputs, timing_runs, "eager")
+    inputs = source.samples[0].inputs
+    timings = time_both(source.model, compiled, inputs, timing_runs, "eager", progress)
     if torch_compile:
-        pair = [torch.compile(model) for model in (source.model, compiled)]
-        timings += time_both(*pair, source.samples[0].inputs, timing_runs, "torch.compile")
+        compiled.compile()
+        faster = torch.compile(source.model)
+        timings += time_both(faster, compiled, inputs, timing_runs, "torch.compile", progress)
     return CheckResult(
         tuple(steps),
         tuple(videos),
@@ -195,26 +205,24 @@ def check(
 
 
 @contextmanager
-def step_locked(
-    model: nn.Module, compiled: nn.Module, steps: list[StepError] | None
-) -> Iterator[None]:
+def step_locked(model: nn.Module, compiled: nn.Module, steps: list[StepError]) -> Iterator[None]:
     """Inside, every call of ``model`` is repeated by ``compiled`` and compared, into ``steps``.
 
     A hook, not a wrapper: whatever asks the model for its config or dtype gets the model itself.
     """
 
     def compare(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        actual, expected = _flat(compiled(*args, **kwargs)), _flat(output)
+        actual, expected = flat_output(compiled(*args, **kwargs)), flat_output(output)
         error = numerics.relative_error(actual, expected)
         if not math.isfinite(error):
-            raise InputError(f"call {len(steps or ())}: an output holds NaN or infinity")
-        if steps is not None:
-            sqnr = numerics.sqnr_db(actual, expected)
-            steps.append(StepError(len(steps), _timestep(kwargs), error, sqnr))
+            raise InputError(
+                f"call {len(steps)}: an output holds NaN or infinity",
+                "expected finite outputs of both models: check the float model first",
+                code="not-finite",
+            )
+        sqnr = numerics.sqnr_db(actual, expected)
+        steps.append(StepError(len(steps), _timestep(kwargs), error, sqnr))
 
-    if steps is None:
-        yield
-        return
     handle = model.register_forward_hook(compare, with_kwargs=True)
     try:
         yield
@@ -222,14 +230,33 @@ def step_locked(
         handle.remove()
 
 
+@contextmanager
+def counted_calls(model: nn.Module, ticks: Iterable[Any]) -> Iterator[None]:
+    """Advance ``ticks``, a progress bar, at every call of ``model``."""
+    ticking = iter(ticks)
+    handle = model.register_forward_hook(lambda *_: (next(ticking, None), None)[1])
+    try:
+        yield
+    finally:
+        handle.remove()
+        close = getattr(ticks, "close", None)
+        if close is not None:
+            close()
+
+
 def time_both(
-    model: nn.Module, compiled: nn.Module, inputs: Mapping[str, Any], runs: int, how: str
+    model: Callable[..., Any],
+    compiled: nn.Module,
+    inputs: Mapping[str, Any],
+    runs: int,
+    how: str,
+    progress: Progress = lambda items, description: items,
 ) -> tuple[Timing, ...]:
     """Median time of both models, one call each in turns, after one call that is not counted."""
     if runs < 1:
         return ()
     seconds: tuple[list[float], list[float]] = ([], [])
-    for run in range(runs + 1):
+    for run in progress(range(runs + 1), f"time, {how}"):
         for index, module in enumerate((model, compiled)):
             start = time.perf_counter()
             module(**inputs)
@@ -245,11 +272,6 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def write_json(result: CheckResult, path: Path, extra: Mapping[str, Any]) -> None:
-    """Write the result beside the artifact, never into it: a sealed folder does not change."""
-    path.write_text(json.dumps({**result.to_json(), **extra}, indent=2) + "\n")
-
-
 def _quality(source: Source, video: Tensor, reference: Tensor, seed: int) -> VideoQuality:
     accuracy = source.accuracy
     return VideoQuality(
@@ -261,16 +283,6 @@ def _quality(source: Source, video: Tensor, reference: Tensor, seed: int) -> Vid
         accuracy(video, seed) if accuracy else None,
         accuracy(reference, seed) if accuracy else None,
     )
-
-
-def _flat(output: Any) -> Tensor:
-    leaves = [leaf for leaf in pytree.tree_leaves(_plain(output)) if isinstance(leaf, Tensor)]
-    return torch.cat([leaf.detach().double().flatten() for leaf in leaves])
-
-
-def _plain(output: Any) -> Any:
-    """Output classes of diffusers and transformers are ordered dictionaries; take their values."""
-    return list(output.values()) if isinstance(output, Mapping) else output
 
 
 def _timestep(kwargs: Mapping[str, Any]) -> float | None:

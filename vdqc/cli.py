@@ -37,12 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(_with_notes(error), file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `vdqc inspect out/ --ir | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as error:
+        if options.debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}  [file]", file=sys.stderr)
+        print("  note: check the path, its permissions and the space on its disk", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 def _with_notes(error: VdqcError) -> str:

@@ -19,6 +19,7 @@ from vdqc import report
 from vdqc.base import numerics
 from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError, VerifyError
 from vdqc.base.target import TARGETS, Target
+from vdqc.calls import flat_output, users_code
 from vdqc.engine.pass_manager import Context, PassManager, PassRecord, check_order, probe_output
 from vdqc.engine.recipe import Recipe, load_pass
 from vdqc.ir import artifact
@@ -66,16 +67,18 @@ def compile(
     machine = usable_target(target, diagnostics)
     with artifact.staging(out_folder(model, out), force) as folder:
         source = as_source(model, samples, component)
-        graph = capture(source.model, source.samples, diagnostics)
+        expected = float_output(source) if verify else None
+        graph, captured = capture_source(source, diagnostics)
         check_weights(graph, progress)
         ctx = Context(source.samples, machine, diagnostics, recipe.rules, seed, progress)
         texts = IRTexts({"00_captured": str(graph)})
         bytes_float = weight_bytes(graph)
         manager = PassManager(recipe.passes, probe=verify, instruments=[texts])
-        records = manager.run(graph, ctx)
+        records = [captured, *manager.run(graph, ctx)]
+        check_capture(graph, manager, expected)
         rows = site_rows(graph, records)
-        choices, record = lower_checked(graph, ctx, manager)
-        texts.after_pass(record, graph)
+        choices, lowered = lower_checked(graph, ctx, manager)
+        texts.after_pass(lowered, graph)
         facts = {
             "name": source.name,
             "seed": seed,
@@ -86,7 +89,7 @@ def compile(
             graph,
             folder,
             recipe=recipe,
-            records=[*records, record],
+            records=[*records, lowered],
             choices=choices,
             diagnostics=diagnostics,
             ir_texts=texts.texts,
@@ -157,9 +160,48 @@ def as_source(
         if samples is not None:
             raise InputError(f"expected no samples beside {model}, which brings its own")
         return load_source(Path(model), component=component)
+    if component is not None:
+        raise InputError(f"expected no component beside a module, got '{component}'")
     if samples is None:
         raise InputError("expected samples of the model's calls", "pass samples=[Sample({...})]")
-    return Source(model, list(samples), name=type(model).__name__)
+    return Source(model.eval(), list(samples), name=type(model).__name__)
+
+
+@torch.no_grad()
+def float_output(source: Source) -> Tensor | None:
+    """What the model itself computes for the first sample; None if its weights are on disk.
+
+    Raises InputError, naming the user's line, if that call fails.
+    """
+    if source.stored:
+        return None
+    advice = "expected samples that the model takes: check their shapes and dtypes"
+    with users_code("the model's forward on the first sample", advice):
+        return flat_output(source.model(**source.samples[0].inputs))
+
+
+def capture_source(source: Source, diagnostics: Diagnostics) -> tuple[Graph, PassRecord]:
+    """The graph of a source, and what capture did; weights that were left on disk stay there."""
+    start = time.perf_counter()
+    graph = capture(source.model, source.samples, diagnostics)
+    names = graph.param_names()
+    graph.stored.update({name: source.stored[name] for name in names if name in source.stored})
+    seconds = time.perf_counter() - start
+    return graph, PassRecord("capture", True, Stage.CAPTURED, seconds, len(graph.nodes))
+
+
+def check_capture(graph: Graph, manager: PassManager, expected: Tensor | None) -> None:
+    """Raise VerifyError unless the captured graph computes what the model itself does."""
+    if expected is None or manager.probed is None:
+        return
+    error = numerics.relative_error(manager.probed[0], expected)
+    allowed = tolerance(graph)
+    if not error <= allowed:
+        raise VerifyError(
+            f"the captured graph differs from the model by {error:.2e} (allowed {allowed:.0e})",
+            "is the model random, or does it keep state between calls? expected neither",
+            code="not-exact",
+        )
 
 
 def check_weights(graph: Graph, progress: Progress = lambda items, description: items) -> None:
@@ -204,10 +246,7 @@ def lower_checked(
         lowered = probe_output(graph, inputs)
         error = numerics.relative_error(lowered, compressed)
         sqnr = numerics.sqnr_db(lowered, reference)
-        allowed = max(
-            numerics.TOLERANCE[getattr(torch, graph.origin.dtype)],
-            numerics.relative_error(compressed, reference) / 4,
-        )
+        allowed = max(tolerance(graph), numerics.relative_error(compressed, reference) / 4)
         if not error <= allowed:
             raise VerifyError(
                 f"lowering moved the probe output by {error:.2e} (allowed {allowed:.1e})",
@@ -216,6 +255,11 @@ def lower_checked(
             )
     text = f"lower{{target={ctx.target}}}"
     return choices, PassRecord(text, True, Stage.LOWERED, seconds, len(choices), error, sqnr)
+
+
+def tolerance(graph: Graph) -> float:
+    """Relative error that counts as equal in the dtype of the model."""
+    return numerics.TOLERANCE[getattr(torch, graph.origin.dtype)]
 
 
 def save_probe(graph: Graph, sample: Sample, folder: Path) -> None:

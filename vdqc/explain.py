@@ -12,9 +12,9 @@ from typing import Any, final
 
 from vdqc.base.diagnostics import Diagnostics
 from vdqc.base.target import Target
+from vdqc.compiler import capture_source
 from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.engine.recipe import Recipe
-from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Stage
 from vdqc.ir.source import Source
 from vdqc.lowering.select import choose
@@ -57,11 +57,11 @@ def explain(
     progress: Callable[[Any, str], Any] = lambda items, description: items,
 ) -> Plan:
     """The plan for ``source`` under a complete recipe."""
-    graph = capture(source.model, source.samples, diagnostics)
+    graph, _ = capture_source(source, diagnostics)
     ctx = Context(source.samples, target, diagnostics, recipe.rules, 0, progress)
     reading = [item for item in recipe.passes if item.name in ("canonicalize", "annotate")]
     PassManager(reading, probe=False).run(graph, ctx)
-    rows = with_kernels(site_rows(graph), choose(graph, target))
+    rows = with_kernels(site_rows(graph), choose(graph, target, planned=True))
     stage, passes = Stage.CAPTURED, []
     for item in recipe.passes:
         stage = item.to if item.to is not None else stage

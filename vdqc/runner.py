@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from vdqc.base.diagnostics import InputError
+from vdqc.check import counted_calls
 from vdqc.compiled import load
 from vdqc.compiler import PROBE
+from vdqc.ir.signature import IntInput, Signature
 from vdqc.ir.source import load_source
 from vdqc.report import png
 
@@ -54,27 +54,19 @@ def run(
         with counted_calls(compiled, progress(itertools.count(), "generate")):
             video = source.generate(compiled, seed)
         return RunResult({"video": video}, time.perf_counter() - start, f"generate, seed {seed}")
-    inputs = load_file(artifact / PROBE)
+    inputs = probe_inputs(compiled.signature, load_file(artifact / PROBE))
     start = time.perf_counter()
-    outputs = compiled.run_leaves(inputs)
+    outputs = compiled.program(*inputs)
     seconds = time.perf_counter() - start
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    tensors = {f"output_{index}": leaf for index, leaf in enumerate(leaves)}
+    tensors = {f"output_{index}": value for index, value in enumerate(outputs)}
     return RunResult(tensors, seconds, "one forward pass on the probe")
 
 
-@contextmanager
-def counted_calls(model: nn.Module, ticks: Iterable[Any]) -> Iterator[None]:
-    """Advance ``ticks``, a progress bar, at every call of ``model``."""
-    ticking = iter(ticks)
-    handle = model.register_forward_hook(lambda *_: (next(ticking, None), None)[1])
-    try:
-        yield
-    finally:
-        handle.remove()
-        close = getattr(ticks, "close", None)
-        if close is not None:
-            close()
+def probe_inputs(signature: Signature, probe: Mapping[str, Tensor]) -> list[Any]:
+    """The program's inputs from the tensors that compile kept; integers were kept as tensors."""
+    integers = {entry.path for entry in signature.inputs if isinstance(entry, IntInput)}
+    leaves = {path: int(v) if path in integers else v for path, v in probe.items()}
+    return signature.check({**signature.statics, **leaves})
 
 
 def write_frames(result: RunResult, folder: Path) -> None:
