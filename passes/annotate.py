@@ -13,7 +13,7 @@ reads the result; ``time_embed``, ``text_embed``, ``patch_embed`` depend on the 
 or the latent and lie before the blocks, ``proj_out`` after them.
 
 Schemes: the last matching rule of the context wins, ``w8a8`` if none. High precision (``none``):
-attention and convolutions; what the model's class asks for (``keep=hints``); and by ``keep=default``
+attention and convolutions; what the model's class asks for (``keep=hints``); by ``keep=default``
 also embeddings, modulation and the output projection, which every published recipe leaves alone
 because they are a percent of the work and carry the conditioning. A rule that names a site exactly
 overrides both.
@@ -115,10 +115,10 @@ class Annotate(Pass):
             return None
         if weight_source(site.weight) in shared:
             return "weight-shared", "several sites read this weight: left in float"
-        hint = _hint(site.name, graph.origin.keep) if self.keep is not Keep.NOTHING else None
+        hint = _hint(site.name, graph.origin.keep) if self.keep != Keep.NOTHING else None
         if hint is not None:
             return "kept-by-model", f"the model asks for high precision ('{hint}'): left in float"
-        if self.keep is Keep.DEFAULT and role in _KEPT_ROLES:
+        if self.keep == Keep.DEFAULT and role in _KEPT_ROLES:
             return "kept-by-role", f"its role is {role}: left in float (name it to quantise it)"
         return None
 

@@ -3,8 +3,9 @@
 ::
 
     x = any_("x")
-    root_mean_square = op(A.rsqrt, op(A.add, op(A.mean, op(A.pow, x, 2), [-1], True), number("eps")))
-    found = match(op(A.mul, x, root_mean_square, commutes=True), node)
+    mean_square = op(A.mean, op(A.pow, x, 2), [-1], True)
+    root = op(A.rsqrt, op(A.add, mean_square, number("eps")))
+    found = match(op(A.mul, x, root, commutes=True), node)
 
 A name that occurs twice must be the same node both times. The answer is a ``Match`` with the named
 values, or a ``Mismatch`` that says where the graph differs, so that a pass can tell why it left a
@@ -93,7 +94,7 @@ class Either:
 def op(
     *parts: Any, name: str = "", commutes: bool = False, exact: bool = False, also: Any = ()
 ) -> Op:
-    """``op(target, operand, ...)``: ``also`` are further targets; ``commutes`` tries both orders."""
+    """``op(target, operand, ...)``: ``also`` are more targets, ``commutes`` tries both orders."""
     target, *operands = parts
     return Op((target, *also), tuple(operands), name, commutes, exact)
 

@@ -318,6 +318,8 @@ class _ScaleWalk:
             if moved is None or len(moved) != 1:
                 raise Refused(f"1 + {describe(value.node)} is not made by one linear")
             value = moved[0]
+        if value.node.meta["val"].dtype.itemsize < 4:
+            raise Refused(f"1 + {describe(value.node)} would cancel in half precision")
         return self._weighted(value, plus_one=True)
 
 

@@ -237,7 +237,7 @@ def depends_on_site(node: fx.Node) -> bool:
 
 
 def readers(node: fx.Node) -> tuple[str, ...]:
-    """Linear sites that read ``node`` through moves and gates; through adds if there is no other."""
+    """Linear sites that read ``node`` through moves and gates, or adds if need be."""
     direct = _readers(node, lambda user: user.target in MOVES or user.target is A.mul.Tensor)
     summed = {A.mul.Tensor, A.add.Tensor, *NORMS, *MOVES}
     return tuple(direct or _readers(node, lambda user: user.target in summed))

@@ -145,7 +145,7 @@ class _Roles:
             node.target in (A.sin.default, A.cos.default) for node in above
         )
         if inputs:
-            timed = timed and not has_tokens(site.node)
+            timed = timed and all(len(shape(node)) <= 2 for node in inputs)
             self._set(site.name, "time_embed" if timed else "text_embed")
 
     def _mlp(self, site: Site) -> None:
@@ -208,12 +208,15 @@ def has_tokens(node: fx.Node) -> bool:
 
 
 def _ancestors(graph: Graph) -> dict[fx.Node, frozenset[fx.Node]]:
-    """Inputs, norms, residual adds and sin/cos above every node: all that roles ask for."""
+    """Inputs, norms, adds and sin/cos whose values (not sizes) reach a node: what roles ask for."""
     marks = {*NORMS, A.sin.default, A.cos.default, A.add.Tensor, *SITE_KINDS}
     above: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:
         own = {node} if node.op == "placeholder" or node.target in marks else set()
-        above[node] = frozenset(own).union(*(above[operand] for operand in node.all_input_nodes))
+        values = [
+            n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), torch.SymInt)
+        ]
+        above[node] = frozenset(own).union(*(above[operand] for operand in values))
     return above
 
 
