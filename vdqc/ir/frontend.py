@@ -8,8 +8,11 @@ stay single nodes. Where a forward does python arithmetic that export cannot fol
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import json
+import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -343,7 +346,12 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export's own warnings are about its internals."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Export's own warnings and printed graphs are about its internals; our errors say the rest."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

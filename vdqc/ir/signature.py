@@ -300,7 +300,13 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 }
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"max": max, "min": min, "round": round}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "max": max,
+    "min": min,
+    "Max": max,
+    "Min": min,
+    "round": round,
+}
 
 
 def evaluate(text: str, symbols: Mapping[str, int]) -> int | bool:
