@@ -45,7 +45,7 @@ from vdqc.lowering.rules import (
     attention_mask,
     linear_site,
 )
-from vdqc.lowering.select import KernelChoice, attention_scale, choose_site
+from vdqc.lowering.select import KernelChoice, attention_scale, choose
 from vdqc.lowering.spell import spell_fake_quantize
 
 
@@ -67,12 +67,10 @@ def lower(
             "run the passes first: canonicalize, annotate, quant",
         )
     with graph.edited_by("lower"):
-        orders = reorder_rope(graph)
-        emit = _Emitter(graph, orders)
-        choices = []
-        for site in progress(graph.sites(), "lower"):
-            choice = choose_site(graph, site, target)
-            choices.append(choice)
+        choices = choose(graph, target)
+        packed = {choice.site for choice in choices if choice.kernel != "aten"}
+        emit = _Emitter(graph, reorder_rope(graph, packed))
+        for site, choice in progress(list(zip(graph.sites(), choices, strict=True)), "lower"):
             _report(choice, diagnostics)
             if site.kind is SiteKind.LINEAR and choice.kernel != "aten":
                 emit.linear(linear_site(graph, site), choice.kernel)
