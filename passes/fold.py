@@ -9,13 +9,15 @@
 
 Scales go into norms, modulations and linears, rotations into linears, where dataflow shows that the
 value is scaled or rotated for its readers alone; what nothing can carry stays one multiply or one
-rotation. Then constant expressions become plain weights, unless they read a weight that is on disk
-or one that is being trained; the weight behind a ``fake_quantize`` is folded, the quantiser stays.
+rotation. Behind quantisers only what rounds nothing moves (powers of two): a float that differs in
+its last digit may get another code, so the place to fold is before ``quant``. Then constant
+expressions become plain weights, unless they read a weight that is on disk or one that is being
+trained; the weight behind a ``fake_quantize`` is folded, the quantiser stays.
 
 Source: Xiao et al., SmoothQuant, arXiv 2211.10438, section 4 (norms); Ashkboos et al., QuaRot,
 arXiv 2404.00456, section 4 (linears); attention values and adaLN modulation by the same algebra.
-Invariant: the function of the graph is unchanged, a quantised weight keeps its codes, and folding
-twice changes nothing more.
+Invariant: the function of the graph is unchanged, at compressed bit for bit, and folding twice
+changes nothing more.
 Online: less than before; a scale that adaLN carries costs a multiply of a value without tokens.
 """
 
@@ -105,7 +107,7 @@ def fold_rotations(graph: Graph, ctx: Context) -> int:
         assert isinstance(signs, fx.Node)
         assert isinstance(block, int)
         fold = absorb_rotation(graph, value, [node], block)
-        if reason := fold.reason if not fold.edits else _quantised(fold.edits):
+        if reason := fold.reason if not fold.edits else _objection(graph, fold.edits):
             ctx.diagnostics.remark(_reader(node), "online-rotation", reason)
             continue
         for edit in fold.edits:
@@ -152,8 +154,10 @@ def merge_scales(graph: Graph) -> int:
         if not _is_scale(graph, inner) or len(inner.users) > 1 or len(factor.users) > 1:
             continue
         value, other = _nodes(inner.args)
-        product = graph.param(str(factor.target)) * graph.param(str(other.target))
-        graph.set_param(str(factor.target), product)
+        scales = graph.param(str(factor.target)), graph.param(str(other.target))
+        if graph.stage is Stage.COMPRESSED and not any(map(_rounds_nothing, scales)):
+            continue
+        graph.set_param(str(factor.target), scales[0] * scales[1])
         graph.set_operand(outer, 0, value)
         graph.module.graph.erase_node(inner)
         count += 1
@@ -167,10 +171,10 @@ def fold_scales(graph: Graph, ctx: Context) -> int:
         value, factor = _nodes(node.args)
         fold = absorb_scale(graph, value, [node])
         online = fold.cost is Cost.ONLINE or not fold.edits
-        if reason := fold.reason if online else _quantised(fold.edits):
+        name = str(factor.target)
+        if reason := fold.reason if online else _objection(graph, fold.edits, graph.param(name)):
             ctx.diagnostics.remark(_reader(node), "online-scale", reason)
             continue
-        name = str(factor.target)
         for index, edit in enumerate(fold.edits):
             scale_operand(graph, edit, graph.param(name), f"{name}_{index}")
         graph.replace(node, value)
@@ -182,10 +186,10 @@ def scale_operand(graph: Graph, edit: ScaleEdit, scale: Tensor, name: str) -> No
     """Carry out one edit: the operand times its piece of ``scale``, bound as parameter ``name``."""
     operand = _operand(edit.node, edit.operand)
     factor = edit.factor(scale)
+    dtype = (edit.node if operand is None else operand).meta["val"].dtype
     if operand is None:
-        value = graph.set_param(name, factor - 1 if edit.plus_one else factor)
+        value = graph.set_param(name, (factor - 1 if edit.plus_one else factor).to(dtype))
     else:
-        dtype = operand.meta["val"].dtype
         param = graph.set_param(name, factor.to(dtype))
         value = graph.call(aten.mul.Tensor, operand, param, before=edit.node)
         if edit.plus_one:
@@ -248,14 +252,32 @@ def _only_feeds(graph: Graph, source: fx.Node, root: fx.Node) -> bool:
     return node is root and len(same) == 1
 
 
-def _quantised(edits: Sequence[ScaleEdit | RotateEdit]) -> str:
+def _objection(
+    graph: Graph, edits: Sequence[ScaleEdit | RotateEdit], scale: Tensor | None = None
+) -> str:
     """Why ``edits`` may not be made although dataflow allows them, or ""."""
+    plus_one = any(isinstance(edit, ScaleEdit) and edit.plus_one for edit in edits)
+    least = 1.0 if scale is None else float(scale.min())
     for edit in edits:
         operand = _operand(edit.node, edit.operand)
         if operand is not None and operand.target is FAKE_QUANTIZE:
             site = note(edit.node).get("site", edit.node.name)
             return f"{site} could carry it but is quantised already: fold before quant"
+        dtype = edit.node.meta["val"].dtype
+        if scale is not None and torch.finfo(dtype).eps > torch.finfo(scale.dtype).eps:
+            return f"%{edit.node.name} could carry it but computes in {dtype}"
+    if plus_one and least < 2.0**-8:  # 1 + (s·d + d - 1) loses the digits by which d is below 1
+        return f"1 + scale would lose digits under a factor of {least:.1e}"
+    if graph.stage is Stage.COMPRESSED and (plus_one or not _rounds_nothing(scale)):
+        return (
+            "it would round differently before a quantiser, whose codes change: fold before quant"
+        )
     return ""
+
+
+def _rounds_nothing(scale: Tensor | None) -> bool:
+    """True for powers of two: multiplying by them earlier or later gives the same floats."""
+    return scale is not None and bool((scale.frexp().mantissa == 0.5).all())
 
 
 def _operand(node: fx.Node, index: int) -> fx.Node | None:

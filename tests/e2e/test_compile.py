@@ -40,6 +40,7 @@ def test_the_command_as_written_works_with_no_other_option(capsys, model_file, m
         "annotate",
         "rotate",
         "smooth",
+        "fold",
         "quant",
         "fold",
         "lower{target=cpu}",
@@ -102,6 +103,7 @@ def recipe(text):
 
 def test_recipes_are_completed_around_what_the_user_named():
     assert recipe("quant") == "canonicalize,annotate,quant,fold"
+    assert recipe("smooth,quant") == "canonicalize,annotate,smooth,fold,quant,fold"
     assert recipe("annotate,rotate,quant,fold") == "canonicalize,annotate,rotate,quant,fold"
 
 

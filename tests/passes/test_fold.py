@@ -187,7 +187,7 @@ def test_weights_on_disk_and_free_ones_stay_expressions(tmp_path: Path) -> None:
     assert set(graph.stored) == {"first.weight"}
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     models(),
     st.permutations(["rotate", "smooth"]),
@@ -225,3 +225,58 @@ def test_rotated_rows_are_the_rotated_output() -> None:
     weight, bias = graph.param("first.weight"), graph.param("first.bias")
     wanted = hadamard.rotate(model.first(x).detach(), signs, 12)
     assert_close(nn.functional.linear(x, weight, bias), wanted)
+
+
+class HalfModulated(nn.Module):
+    """A norm modulated by a linear of the conditioning, as adaLN does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16, elementwise_affine=False)
+        self.cond, self.fc = nn.Linear(16, 32), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        scale, shift = self.cond(y).unsqueeze(1).chunk(2, dim=-1)
+        return self.fc(self.norm(x) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_modulation_in_half_precision_does_not_cancel(dtype: torch.dtype) -> None:
+    model = HalfModulated().to(dtype)
+    x, y = torch.randn(2, 6, 16, dtype=dtype), torch.randn(2, 16, dtype=dtype)
+    with torch.no_grad():  # scales far from 1
+        model.fc.weight[:, ::4] /= 1000
+    graph = annotated(model, x, y)
+    set_note(graph.site("cond").node, scheme="none")
+    before = graph.run(x, y)[0].double()
+    run(graph, Smooth(), Fold(), ctx=context(x, y, model=model))
+    assert "smooth_inverse)" not in str(graph)  # what is left multiplies [B, 1, D]
+    # the products keep their digits: only the last rounding and the order of the sum may differ
+    assert_close(graph.run(x, y)[0].double(), before, dtype)
+
+
+def test_a_narrower_norm_does_not_round_the_scale() -> None:
+    class Narrow(NormLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.norm(x.float()).to(x.dtype))
+
+    model, x = Narrow(affine=False), torch.randn(3, 16).double()
+    model.fc.double()
+    graph = annotated(model, x)
+    before = graph.run(x)[0]
+    ctx = context(x, model=model)
+    run(graph, Smooth(), Fold(), ctx=ctx)
+    assert remarks(ctx) == [("fc", "online-scale")]
+    assert_close(graph.run(x)[0], before)
+
+
+@pytest.mark.parametrize(("dtype", "scales"), [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_behind_quantisers_only_powers_of_two_move(dtype: torch.dtype, scales: int) -> None:
+    model, x = NormLinear().to(dtype), torch.randn(5, 16, dtype=dtype)
+    graph = annotated(model, x)
+    ctx = context(x, model=model)
+    run(graph, Smooth(), Quant(), ctx=ctx)
+    before = graph.run(x)[0]
+    (record,) = run(graph, Fold(), ctx=ctx)
+    assert record.facts["scales"] == scales
+    assert torch.equal(graph.run(x)[0], before)
