@@ -126,13 +126,12 @@ class TracedBinding:
         if value.ndim == 0:
             value = value.reshape((1,) * len(sizes))
         if all(size == 1 for size in value.shape):
-            value = value.expand(
-                [
-                    size if isinstance(size, int) else values[size[0]].shape[size[1]]
-                    for size in sizes
-                ]
-            )
+            value = value.expand([_shown(size, values) for size in sizes])
         return value
+
+
+def _shown(size: Any, values: Sequence[Any]) -> Any:
+    return size if isinstance(size, int) else values[size[0]].shape[size[1]]
 
 
 def _scalar(index: int, signature: Signature) -> tuple[Any, ...] | None:

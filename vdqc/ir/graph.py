@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -26,7 +27,7 @@ from vdqc.base.diagnostics import ConfigError, nearest
 from vdqc.base.scheme import QuantScheme
 from vdqc.ir.signature import Signature
 from vdqc.ir.site import SITE_KINDS, Site, SiteKind, note, set_note
-from vdqc.ir.weights import StoredTensor
+from vdqc.ir.weights import StoredTensor, spill
 
 
 class Stage(enum.IntEnum):
@@ -85,12 +86,14 @@ class Graph:
         origin: Origin | None = None,
         stage: Stage = Stage.CAPTURED,
         stored: Mapping[str, StoredTensor] | None = None,
+        spill: Path | None = None,
     ) -> None:
         self.module = module
         self.signature = signature
         self.origin = origin or Origin()
         self.stage = stage
         self.stored = dict(stored or {})
+        self.spill = spill
         self.free: set[str] = set()
         self.version = 0
         self.provenance = ""
@@ -241,9 +244,12 @@ class Graph:
         """Bind ``name`` to ``value`` and return its ``get_attr`` node.
 
         An existing weight is rebound, never written in place. ``free`` marks it as one that
-        reconstruction may train. A ``StoredTensor`` stays on disk.
+        reconstruction may train. A ``StoredTensor`` stays on disk; with a ``spill`` folder every
+        large tensor that is not free goes there, so that a rewritten model need not fit in memory.
         """
         self.stored.pop(name, None)
+        if self.spill is not None and isinstance(value, Tensor) and not free:
+            value = spill(value, self.spill)
         if isinstance(value, StoredTensor):
             self.stored[name] = value
             value = torch.empty(value.shape, dtype=value.dtype, device="meta")
@@ -304,7 +310,12 @@ class Graph:
         """A graph that may be edited apart; weights are shared."""
         module = fx.GraphModule(self.module, copy.deepcopy(self.module.graph, _shared_fakes(self)))
         twin = Graph(
-            module, self.signature, origin=self.origin, stage=self.stage, stored=self.stored
+            module,
+            self.signature,
+            origin=self.origin,
+            stage=self.stage,
+            stored=self.stored,
+            spill=self.spill,
         )
         twin.free, twin.provenance = set(self.free), self.provenance
         return twin

@@ -124,13 +124,13 @@ def _node_to_json(
             entry["op"], entry["weight"] = "get_attr", str(node.target)
         case "call_function":
             entry["op"] = _target_name(node)
-            entry["args"] = [_encode(arg) for arg in node.args]
+            entry["args"] = [encode(arg) for arg in node.args]
         case "output":
-            entry["op"], entry["args"] = "output", [_encode(arg) for arg in node.args]
+            entry["op"], entry["args"] = "output", [encode(arg) for arg in node.args]
         case _:
             raise ArtifactError(f"cannot write %{node.name}: {node.op} is not part of a program")
     if node.kwargs:
-        entry["kwargs"] = {key: _encode(value) for key, value in node.kwargs.items()}
+        entry["kwargs"] = {key: encode(value) for key, value in node.kwargs.items()}
     if "val" in node.meta:
         entry["type"] = writer.text(node.meta["val"])
     if entries := note(node):
@@ -151,7 +151,8 @@ def _target_name(node: fx.Node) -> str:
     return _FUNCTION_NAMES[node.target]
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
+    """An operand as JSON: what JSON has not is an object of one key, its kind."""
     match value:
         case None | bool() | int() | str():
             return value
@@ -160,11 +161,11 @@ def _encode(value: Any) -> Any:
         case fx.Node():
             return {"node": value.name}
         case complex():
-            return {"complex": [_encode(value.real), _encode(value.imag)]}
+            return {"complex": [encode(value.real), encode(value.imag)]}
         case tuple() | list():
-            return [_encode(item) for item in value]
+            return [encode(item) for item in value]
         case slice():
-            return {"slice": [_encode(part) for part in (value.start, value.stop, value.step)]}
+            return {"slice": [encode(part) for part in (value.start, value.stop, value.step)]}
         case torch.device():
             return {"device": str(value)}
         case torch.dtype() | torch.layout() | torch.memory_format():
@@ -237,8 +238,8 @@ class _Reader:
         name, op = _word(entry["name"]), entry["op"]
         if name in self.nodes or "output" in self.nodes:
             raise ArtifactError(f"node '{name}' is defined twice, or after the output")
-        args = tuple(self.decode(arg) for arg in entry.get("args", ()))
-        kwargs = {_word(key): self.decode(v) for key, v in entry.get("kwargs", {}).items()}
+        args = tuple(decode(arg, self.nodes) for arg in entry.get("args", ()))
+        kwargs = {_word(key): decode(v, self.nodes) for key, v in entry.get("kwargs", {}).items()}
         match op:
             case "placeholder":
                 node = graph.create_node("placeholder", name, name=name)
@@ -298,28 +299,30 @@ class _Reader:
             owner.register_buffer(leaf, value)
         return name
 
-    def decode(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self.decode(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        ((kind, content),) = value.items()
-        match kind:
-            case "node":
-                return self.nodes[content]
-            case "float" if content in ("inf", "-inf", "nan"):
-                return float(content)
-            case "complex":
-                return complex(*(self.decode(part) for part in content))
-            case "slice":
-                return slice(*(self.decode(part) for part in content))
-            case "device":
-                return torch.device(str(content))
-            case "dtype" | "layout" | "memory_format":
-                found = getattr(torch, _word(content))
-                if isinstance(found, getattr(torch, kind)):
-                    return found
-        raise ArtifactError(f"operand {json.dumps(value)[:80]} is not understood")
+
+def decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    """The operand that ``encode`` wrote."""
+    if isinstance(value, list):
+        return [decode(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    match kind:
+        case "node":
+            return nodes[content]
+        case "float" if content in ("inf", "-inf", "nan"):
+            return float(content)
+        case "complex":
+            return complex(*(decode(part, nodes) for part in content))
+        case "slice":
+            return slice(*(decode(part, nodes) for part in content))
+        case "device":
+            return torch.device(str(content))
+        case "dtype" | "layout" | "memory_format":
+            found = getattr(torch, _word(content))
+            if isinstance(found, getattr(torch, kind)):
+                return found
+    raise ArtifactError(f"operand {json.dumps(value)[:80]} is not understood")
 
 
 def _check_free(owner: nn.Module, part: str, name: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import final
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vdqc.base.diagnostics import InputError
@@ -48,6 +50,20 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+#: Tensors of fewer bytes are kept in memory.
+SPILLED_BYTES = 1 << 20
+
+
+def spill(value: Tensor, folder: Path) -> Tensor | StoredTensor:
+    """``value`` in a file of its own under ``folder``, if it is large; else ``value`` itself."""
+    if value.nbytes < SPILLED_BYTES:
+        return value
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{uuid.uuid4().hex}.safetensors"
+    save_file({"value": value.detach().cpu().contiguous()}, file)
+    return StoredTensor(file, "value", tuple(value.shape), value.dtype)
 
 
 #: Names that safetensors files give to dtypes.
