@@ -255,9 +255,10 @@ def time_both(
     """Median time of both models, one call each in turns, after one call that is not counted."""
     if runs < 1:
         return ()
+    models: tuple[Callable[..., Any], ...] = (model, compiled)
     seconds: tuple[list[float], list[float]] = ([], [])
     for run in progress(range(runs + 1), f"time, {how}"):
-        for index, module in enumerate((model, compiled)):
+        for index, module in enumerate(models):
             start = time.perf_counter()
             module(**inputs)
             if run:

@@ -117,13 +117,13 @@ def _comparison(check: CheckResult) -> Html:
     gain = 1.0 if peak == 0 else max(1.0, 2.0 ** math.floor(math.log2(1 / peak)))
     films = []
     for index in range(min(4, reference.shape[0])):
-        rows = (
+        shown = (
             ("float", reference[index]),
             ("compiled", video[index]),
             (f"difference ×{gain:g}", difference[index] * gain),
         )
         cells = []
-        for label, frames in rows:
+        for label, frames in shown:
             picture = png.strip(_shown(frames), 12)
             image = Html(f'<img alt="video {index}: {label}" src="{png.data_uri(picture)}"/>')
             cells += [tag("div", label), tag("div", image)]
