@@ -36,6 +36,8 @@ MOVES = {
     A.repeat.default,
     A.index_select.default,
     A.index.Tensor,
+    A.gather.default,
+    A.masked_fill.Scalar,
     A.squeeze.dim,
     operator.getitem,
 }
@@ -45,6 +47,7 @@ _ROPE = {
     A.sub.Tensor,
     A.neg.default,
     A.slice_scatter.default,
+    A.sum.dim_IntList,
     A.view_as_complex.default,
     A.view_as_real.default,
 }

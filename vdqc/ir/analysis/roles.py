@@ -37,6 +37,7 @@ _POINTWISE = {
     A.sub.Tensor,
     A.div.Tensor,
     A.neg.default,
+    A.slice_scatter.default,
     A.pow.Tensor_Scalar,
     A.dropout.default,
 }
@@ -130,10 +131,17 @@ class _Roles:
                 if self._feeds_linear(producer):
                     continue  # the embedding that producers of modulation read
                 self._set(note(producer)["site"], "modulation")
+                self._low_rank(producer)
+
+    def _low_rank(self, producer: fx.Node) -> None:
+        """The first factor of a modulation that a block makes by two linears."""
+        for factor in self._producers(producer.args[0], set(MOVES)):
+            if block_name(factor) in self.blocks and not self.above[factor] & self.latents:
+                self._set(note(factor)["site"], "modulation")
 
     def _outside(self, site: Site) -> None:
         """Embeddings before the blocks and the projection after them."""
-        if block_name(site.node) in self.blocks:
+        if not self.blocks or block_name(site.node) in self.blocks:
             return
         above = self.above[site.node]
         if above & self.latents:
