@@ -206,9 +206,20 @@ def fold_constants(graph: Graph, ctx: Context) -> int:
     roots = constant_roots(graph)
     for node in ctx.progress(roots, "fold"):
         name = _weight_name(graph, node)
+        operands = node.all_input_nodes
         graph.replace(node, graph.set_param(name, graph.evaluate(node)))
-        graph.module.graph.eliminate_dead_code()
+        erase_unread(graph, operands)
     return len(roots)
+
+
+def erase_unread(graph: Graph, nodes: Sequence[fx.Node]) -> None:
+    """Erase those of ``nodes`` that nothing reads, and what only they read."""
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if not node.users and not node._erased:
+            waiting.extend(node.all_input_nodes)
+            graph.module.graph.erase_node(node)
 
 
 def constant_roots(graph: Graph) -> list[fx.Node]:

@@ -112,8 +112,8 @@ def rotate(x: Tensor, signs: Tensor, block: int, inverse: bool = False) -> Tenso
     value = value.reshape(*x.shape[:-1], width // block, *pair) @ right
     if pair[0] > 1:
         value = left.T @ value
-    value = value.reshape(x.shape) * block**-0.5
-    return (value * signs if inverse else value).to(x.dtype).contiguous()
+    value = value.reshape(x.shape).mul_(block**-0.5)
+    return (value.mul_(signs) if inverse else value).to(x.dtype).contiguous()
 
 
 def _paley_field(q: int, residue: int) -> tuple[int, int] | None:
