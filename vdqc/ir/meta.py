@@ -23,7 +23,7 @@ def to_meta(value: Any) -> Any:
 @contextmanager
 def tensors_on_meta(model: nn.Module) -> Iterator[None]:
     """Every tensor of ``model`` without its data; the tensors themselves are put back after."""
-    tables = [table for m in model.modules() for table in (m._parameters, m._buffers)]
+    tables: list[Any] = [t for m in model.modules() for t in (m._parameters, m._buffers)]
     before = [dict(table) for table in tables]
     twins: dict[int, Any] = {}  # a tied weight stays one tensor
 

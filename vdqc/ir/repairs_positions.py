@@ -104,7 +104,7 @@ def easyanimate_rope(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = scalar(height), scalar(width)
     crop_height = (base_width / columns * rows).round().clamp(max=base_height)
     crop_width = (base_height / rows * columns).round().clamp(max=base_width)
-    axes = (
+    axes: tuple[Any, ...] = (
         torch.arange(frames, dtype=torch.float32),
         _crop(crop_height, base_height, rows, height),
         _crop(crop_width, base_width, columns, width),
