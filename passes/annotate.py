@@ -46,8 +46,8 @@ from vdqc.ir.site import Site, SiteKind, set_note
 _NONE = QuantScheme.parse("none")
 _DEFAULT = QuantScheme.parse("w8a8")
 _KEPT_ROLES = frozenset({"time_embed", "text_embed", "patch_embed", "modulation", "proj_out"})
-#: Smallest group that a fallback chooses: below it the scales cost more than a bit per weight.
-_MIN_GROUP = 16
+#: A fallback's groups are multiples of this: packed rows stay aligned, scales stay small.
+_GROUP_UNIT = 16
 
 
 class Keep(enum.StrEnum):
@@ -153,11 +153,11 @@ def _shared_weights(graph: Graph) -> set[fx.Node]:
 
 
 def nearest_group(width: int, wanted: int) -> int | None:
-    """The divisor of ``width`` nearest to ``wanted`` by ratio, at most twice off, or None."""
+    """The legal group size nearest to ``wanted`` by ratio, at most twice off, or None."""
     divisors = [
         size
-        for size in range(max(_MIN_GROUP, (wanted + 1) // 2), min(width, 2 * wanted) + 1)
-        if width % size == 0
+        for size in range(_GROUP_UNIT, width + 1, _GROUP_UNIT)
+        if width % size == 0 and wanted <= 2 * size and size <= 2 * wanted
     ]
     return min(divisors, key=lambda size: max(size / wanted, wanted / size), default=None)
 

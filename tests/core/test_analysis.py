@@ -176,7 +176,8 @@ def test_scaling_and_compensating_keeps_the_function(
 def test_only_linears_carry_a_rotation(name: str, block: int, reason: str) -> None:
     graph = canonical(AdaLNBlock(24, heads=2), torch.randn(2, 6, 24), torch.randn(2, 24))
     site = graph.site(name)
-    fold = absorb_rotation(graph, site.input, [site.node], block)
+    readers = [peer.node for peer in graph.peers(site)]
+    fold = absorb_rotation(graph, site.input, readers, block)
     assert reason in fold.reason
     assert bool(fold.edits) == (not reason)
     for edit in fold.edits:
