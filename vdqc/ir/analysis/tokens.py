@@ -7,7 +7,8 @@ from the frame axis of an input. Further terms of a sum are text tokens, joined 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import sympy
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 from vdqc.ir.analysis.channels import aligned, shape
 from vdqc.ir.analysis.dataflow import MOVES
 from vdqc.ir.graph import Graph
+from vdqc.ir.signature import TensorInput
 from vdqc.ir.site import SiteKind
 
 A = torch.ops.aten
@@ -61,10 +63,36 @@ def token_frames(graph: Graph) -> list[TokenFrames]:
     """One entry per attention site, in program order."""
     frames = _frame_symbols(graph)
     merges = _merges(graph)
-    return [
+    names = _signature_names(graph)
+    found = [
         _frames_of(site.name, site.node, frames, merges)
         for site in graph.sites(kind=SiteKind.ATTENTION)
     ]
+    return [_renamed(entry, names) for entry in found]
+
+
+def _signature_names(graph: Graph) -> dict[str, str]:
+    """Symbol of the fake values to symbol of the signature, which numbers its own."""
+    names: dict[str, str] = {}
+    for node, entry in zip(graph.inputs, graph.signature.inputs, strict=True):
+        if isinstance(entry, TensorInput):
+            for size, name in zip(shape(node), entry.sizes, strict=True):
+                if isinstance(name, str) and name.isidentifier():
+                    names[str(size)] = name
+    return names
+
+
+def _renamed(entry: TokenFrames, names: dict[str, str]) -> TokenFrames:
+    def rename(text: str) -> str:
+        return re.sub(r"[A-Za-z_]\w*", lambda word: names.get(word[0], word[0]), text)
+
+    return replace(
+        entry,
+        tokens=rename(entry.tokens),
+        frames=rename(entry.frames),
+        tokens_per_frame=rename(entry.tokens_per_frame),
+        text=rename(entry.text),
+    )
 
 
 def _frames_of(
