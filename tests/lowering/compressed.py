@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vdqc.base.numerics import scale_from_range, value_range
-from vdqc.base.scheme import GranularityKind, QuantScheme, QuantSpec
+from vdqc.base.numerics import scale_from_range, value_range, whole_multiples
+from vdqc.base.scheme import QuantScheme, QuantSpec
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.ops import FAKE_QUANTIZE as QUANTIZE
@@ -50,7 +50,7 @@ def compress(
         if parsed.weight is not None:
             weight = graph.evaluate(site.weight)
             scale, zero = scale_from_range(*value_range(weight, parsed.weight), parsed.weight)
-            if progressive and parsed.weight.granularity.kind is GranularityKind.GROUP:
+            if progressive:
                 scale = whole_multiples(scale, parsed.weight)
             params = [
                 None if value is None else graph.set_param(f"{site.name}.{name}", value)
@@ -74,9 +74,3 @@ def _input(graph: Graph, site: object, spec: QuantSpec) -> object:
         params[0] = graph.set_param(f"{site.name}.input_scale", scale)
         params[1] = None if zero is None else graph.set_param(f"{site.name}.input_zero_point", zero)
     return graph.call(QUANTIZE, site.input, *params, str(spec), before=site.node)
-
-
-def whole_multiples(scale: Tensor, spec: QuantSpec) -> Tensor:
-    limit = 127 // spec.qmax
-    base = scale.amax(-1, keepdim=True) / limit
-    return base * (scale / base).ceil().clamp(1, limit)
