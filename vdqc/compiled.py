@@ -21,6 +21,7 @@ from vdqc.ir import artifact, ops  # noqa: F401 (registers the vdqc:: ops)
 from vdqc.ir.graph import Graph, Origin
 from vdqc.kernels.table import KERNELS
 from vdqc.lowering.prepare import compile_blocks, prepare
+from vdqc.packaged import PackagedProgram
 from vdqc.stand_in import TracedBinding, base_class, config_object, output_builder
 
 
@@ -30,24 +31,33 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    aot: bool = False,
 ) -> CompiledModel:
     """The model in the artifact folder ``path``, on ``device``.
 
     Weights are mapped from their files, so that they are read when first used. ``dtype`` only
     asserts: a program computes in the dtype that it was captured in. ``verify=False`` skips the
-    hashes of the files. Raises ArtifactError for a folder that is damaged, foreign or newer.
+    hashes of the files. ``aot`` runs the AOTInductor package of the folder: that is native code,
+    so ask for it only if you trust where the folder came from. Raises ArtifactError for a folder
+    that is damaged, foreign or newer.
     """
     register_kernels()
     found = artifact.read(path, verify=verify)
     graph = found.graph()
-    target = TARGETS.get(found.manifest["target"], TARGETS["cpu"])
-    model = stand_in(graph, target)
+    model = stand_in(graph, _target(found))
     if dtype is not None and dtype != model.dtype:
         raise ArtifactError(
             f"the program computes in {model.dtype}, {dtype} was asked for",
             "compile the model again, loaded in that dtype",
         )
-    return model.to(device)
+    model = model.to(device)
+    if aot:
+        model.__dict__["_package"] = PackagedProgram(found.path)
+    return model
+
+
+def _target(found: artifact.Artifact) -> Target:
+    return TARGETS.get(found.manifest["target"], TARGETS["cpu"])
 
 
 def stand_in(graph: Graph, target: Target) -> CompiledModel:
@@ -76,6 +86,7 @@ class CompiledModel(nn.Module):
 
     program: fx.GraphModule
     _prepared: nn.Module
+    _package: PackagedProgram | None
 
     def __init__(self, graph: Graph, target: Target) -> None:
         super().__init__()
@@ -86,7 +97,7 @@ class CompiledModel(nn.Module):
         self._internal_dict = config_object(graph.origin)
         self._binding = TracedBinding(graph.signature)
         self._build = output_builder(graph.signature)
-        self._compiled = False
+        self.__dict__["_package"] = None
         self._prepare()
         self.register_state_dict_post_hook(_original_names)
         self.register_load_state_dict_pre_hook(_program_names)
@@ -100,7 +111,7 @@ class CompiledModel(nn.Module):
             outputs = self._prepared(*self._binding.bind(args, kwargs))
         else:
             inputs = self.signature.bind(args, kwargs)
-            outputs = (self._prepared if self._compiled else self.program)(*inputs)
+            outputs = self._runner()(*inputs)
         return self._build(outputs, return_dict)
 
     def compile(self, **options: Any) -> None:
@@ -114,6 +125,11 @@ class CompiledModel(nn.Module):
     def compile_repeated_blocks(self, **options: Any) -> None:
         """As ``compile``; diffusers' name for it."""
         self.compile(**options)
+
+    @property
+    def prepared(self) -> nn.Module:
+        """The form of the program that compilers see: kernels spelled out, blocks outlined."""
+        return self._prepared
 
     @property
     def config(self) -> Any:
@@ -165,6 +181,11 @@ class CompiledModel(nn.Module):
                 f"the program computes in {self.dtype}, it cannot be converted to {probe.dtype}",
                 f"compile the model again, loaded in {probe.dtype}",
             )
+        if self._package is not None and probe.device != self.device:
+            raise InputError(
+                f"the package is for {self.device}, it cannot move to {probe.device}",
+                "load without aot=True",
+            )
         super()._apply(fn, recurse)
         if _retarget(self.program, probe.device):
             self._prepare()
@@ -174,6 +195,11 @@ class CompiledModel(nn.Module):
         """Make the form that compilers see; it shares the program's weights and is not a child."""
         self.__dict__["_prepared"] = prepare(self.program, self.target)
         self._compiled = False
+
+    def _runner(self) -> nn.Module:
+        if self._package is not None:
+            return self._package
+        return self._prepared if self._compiled else self.program
 
     def _return_dict(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         parameters = self.signature.parameters

@@ -40,9 +40,8 @@ class Tiny(nn.Module):
 
 @pytest.fixture(scope="module")
 def graph() -> Graph:
-    return capture(
-        Tiny().eval(), [Sample({"x": torch.randn(2, 3, 8)}), Sample({"x": torch.randn(4, 5, 8)})]
-    )
+    samples = [Sample({"x": torch.randn(shape)}) for shape in [(2, 3, 8), (4, 5, 8)]]
+    return capture(Tiny().eval(), samples)
 
 
 def weights(graph: Graph) -> dict[str, Tensor]:
@@ -96,7 +95,7 @@ def test_free_and_tied_weights_survive(graph: Graph) -> None:
     assert torch.equal(found.param("blocks.1.bias"), torch.ones(8))
 
 
-@pytest.mark.parametrize("name", ["wan-t2v", "flux", "ltx"])
+@pytest.mark.parametrize("name", ["wan-t2v", "ltx"])
 def test_real_architectures_compute_the_same_bits(name: str) -> None:
     architecture = ARCHITECTURES[name]
     original = capture(architecture.build(), architecture.samples())
@@ -196,4 +195,4 @@ def test_refused(graph: Graph, what: str) -> None:
     data = edited(graph, HOSTILE[what])
     with pytest.raises(ArtifactError) as error:
         program.from_json(data, stored)
-    assert error.value.diagnostic.notes or "weight" in str(error.value) or error.value
+    assert error.value.diagnostic.code == "artifact"

@@ -69,7 +69,7 @@ def wan_samples() -> list[Sample]:
 
 
 def ltx_samples() -> list[Sample]:
-    """The pipeline gives a scale for positions, which is python numbers and so part of the graph."""
+    """The pipeline scales positions by python numbers, which are part of the graph."""
     scale = (8 / FRAME_RATE, 32, 32)
     return [
         dataclasses.replace(sample, inputs={**sample.inputs, "rope_interpolation_scale": scale})
@@ -162,11 +162,7 @@ def test_components_check_and_move(exported: tuple[str, nn.Module, Path], tmp_pa
     assert isinstance(loaded.transformer, CompiledModel)
     loaded.to("cpu")
     batch, size = calls[0]
-    expected = video(
-        pipeline(model),
-        batch,
-        size,
-    )
+    expected = video(pipeline(model), batch, size)
     assert relative_error(video(loaded, batch, size), expected) <= TOLERANCE[torch.float32]
 
 

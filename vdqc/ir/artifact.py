@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -121,6 +122,8 @@ def write(
         "facts": facts or {},
     }
     _write_json(folder / MANIFEST, manifest)
+    if graph.spill is not None and graph.spill.is_relative_to(folder):
+        shutil.rmtree(graph.spill, ignore_errors=True)  # copied above
 
 
 def seal(folder: Path, progress: Progress = _silent) -> None:
