@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from vdqc.base.numerics import TOLERANCE, relative_error
+from vdqc.base.target import TARGETS
+from vdqc.kernels.attention import ATTENTION, torch_attention_cost
+from vdqc.kernels.base import AttentionProblem
+
+BF16 = torch.bfloat16
+
+
+def operands(b: int, h: int, s: int, t: int, d: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    # strided as models give them: [B, S, H, D] seen as [B, H, S, D]
+    return [torch.randn(b, n, h, d).to(dtype).transpose(1, 2) for n in (s, t, t)]
+
+
+@pytest.mark.parametrize(
+    ("b", "h", "s", "t", "d"),
+    [(1, 2, 300, 300, 32), (2, 1, 1, 7, 16), (2, 2, 257, 80, 24), (1, 1, 63, 1024, 64)],
+)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("mask", ["none", "bool", "rows", "additive"])
+def test_equals_exact_attention(
+    b: int, h: int, s: int, t: int, d: int, dtype: torch.dtype, mask: str
+) -> None:
+    q, k, v = operands(b, h, s, t, d, dtype)
+    masks = {
+        "none": None,
+        "bool": torch.rand(b, 1, 1, t) > 0.3,
+        "rows": torch.rand(s, t) > 0.3,
+        "additive": torch.randn(b, h, s, t).to(dtype),
+    }
+    chosen = masks[mask]
+    if chosen is not None and chosen.dtype == torch.bool:
+        chosen[..., 0] = True
+    scale = 0.3
+    found = torch.ops.vdqc_kernels.attention(q, k, v, chosen, scale)
+    wide = chosen if chosen is None or chosen.dtype == torch.bool else chosen.double()
+    expected = functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), attn_mask=wide, scale=scale
+    )
+    assert found.is_contiguous()
+    assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+def test_a_query_that_may_attend_to_nothing_gets_zeros() -> None:
+    q, k, v = operands(1, 1, 200, 200, 16, BF16)
+    mask = torch.ones(200, 200, dtype=torch.bool)
+    mask[3] = False
+    found = torch.ops.vdqc_kernels.attention(q, k, v, mask, 0.25)
+    assert found[0, 0, 3].eq(0).all()
+    assert torch.isfinite(found).all()
+
+
+def test_opcheck() -> None:
+    q, k, v = operands(1, 2, 40, 50, 16, BF16)
+    torch.library.opcheck(
+        ATTENTION.op, (q, k, v, None, 0.25), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_chosen_for_bfloat16_only() -> None:
+    def problem(dtype: torch.dtype) -> AttentionProblem:
+        return AttentionProblem(1, 12, 4096, 4096, 128, dtype)
+
+    cpu = TARGETS["cpu"]
+    assert ATTENTION.supports(problem(BF16), cpu) is None
+    assert "float32" in str(ATTENTION.supports(problem(torch.float32), cpu))
+    ours, torchs = ATTENTION.cost(problem(BF16)), torch_attention_cost(problem(BF16))
+    assert ours.us(cpu) < torchs.us(cpu)
