@@ -207,6 +207,26 @@ def test_control_flow_on_values_names_file_line_and_operation() -> None:
     assert "torch.where" in text
 
 
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = x * 2
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.linear(y)
+
+
+def test_autocast_regions_become_casts() -> None:
+    model = Autocast()
+    graph = capture(model, [sample(2), sample(3)])
+    assert all("wrap_with" not in str(node.target) for node in graph.nodes)
+    x = torch.randn(4, 8)
+    assert torch.equal(graph.run(x)[0], model(x))
+
+
 def test_training_mode_comes_back() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).train()
     graph = capture(model, [Sample({"input": torch.randn(2, 8)})])

@@ -202,7 +202,11 @@ def _mapped_model(
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         source = weights.get(name) or weights.get(aliases.get(id(parameter), ""))
         if source is None:
-            raise InputError(f"{folder} lacks the weight '{name}' of {class_name}")
+            raise InputError(
+                f"{folder} lacks the weight '{name}' of {class_name}",
+                "if the class renames weights when it loads them, they cannot stay on disk: "
+                "load with mapped=False",
+            )
         if source.shape != tuple(parameter.shape):
             raise InputError(
                 f"expected {list(parameter.shape)} for '{name}' in {folder}, "

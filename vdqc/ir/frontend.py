@@ -25,7 +25,6 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-import vdqc
 from vdqc.base.diagnostics import CaptureError, Diagnostics, InputError
 from vdqc.ir.dynamic import Plan, coincidences, plans
 from vdqc.ir.functionalize import plain_module
@@ -217,7 +216,7 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     )
 
 
-_MACHINERY = (str(Path(torch.__file__).parent), str(Path(vdqc.__file__).parent / "ir"))
+_MACHINERY = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 def _is_machinery(filename: str) -> bool:

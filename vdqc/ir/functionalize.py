@@ -1,6 +1,7 @@
 """An exported program to a plain ``fx.GraphModule``: positional inputs, no checks, no copies.
 
-``run_decompositions({})`` has already made it functional; what is left of in-place writes are
+``run_decompositions({})`` has already made it functional, with autocast and no-grad regions turned
+into casts and plain nodes; what is left of in-place writes are
 ``aten.copy`` nodes, which have no derivative and whose destination is dead.
 """
 
@@ -22,7 +23,6 @@ def plain_module(exported: ExportedProgram) -> fx.GraphModule:
     """The program as a module of its own that shares the weights; outputs are a flat tuple."""
     module = exported.module(check_guards=False)
     graph = module.graph
-    _inline_regions(module)
     for node in list(graph.nodes):
         if node.op == "call_module" or any(word in str(node.target) for word in _CHECKS):
             graph.erase_node(node)
@@ -59,45 +59,3 @@ def _size(graph: fx.Graph, node: fx.Node, axis: int) -> Any:
     symbolic = graph.call_function(aten.sym_size.int, (node, axis))
     symbolic.meta = {**node.meta, "val": size}
     return symbolic
-
-
-def _inline_regions(module: fx.GraphModule) -> None:
-    """Replace calls of ``wrap_with_autocast`` and ``wrap_with_set_grad_enabled`` by their bodies.
-
-    Autocast regions hold ops whose dtypes are already explicit; gradients are the caller's choice.
-    """
-    graph = module.graph
-    for node in list(graph.nodes):
-        name = getattr(node.target, "__name__", "")
-        if name not in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
-            continue
-        at = next(i for i, arg in enumerate(node.args) if _is_region(module, arg))
-        region = getattr(module, str(node.args[at].target))
-        _inline_regions(region)
-        operands = list(node.args[at + 1 :])
-        environment: dict[fx.Node, Any] = {}
-        with graph.inserting_before(node):
-            for inner in region.graph.nodes:
-                if inner.op == "placeholder":
-                    environment[inner] = operands.pop(0)
-                elif inner.op == "output":
-                    _bind_outputs(graph, node, fx.map_arg(inner.args[0], environment.__getitem__))
-                else:
-                    environment[inner] = graph.node_copy(inner, environment.__getitem__)
-        graph.erase_node(node)
-
-
-def _is_region(module: fx.GraphModule, value: Any) -> bool:
-    if not isinstance(value, fx.Node) or value.op != "get_attr":
-        return False
-    return isinstance(getattr(module, str(value.target), None), fx.GraphModule)
-
-
-def _bind_outputs(graph: fx.Graph, node: fx.Node, outputs: Any) -> None:
-    if not isinstance(outputs, (list, tuple)):
-        node.replace_all_uses_with(outputs)
-        return
-    for user in list(node.users):
-        index: Any = user.args[1]
-        user.replace_all_uses_with(outputs[index])
-        graph.erase_node(user)

@@ -84,6 +84,12 @@ REPAIRS: tuple[Repair, ...] = (
         "the grid is computed by tensor arithmetic on sizes instead of linspace",
     ),
     Repair(
+        "MochiRoPE",
+        "_create_rope",
+        repairs_positions.mochi_rope,
+        "angles are computed in float32 by casts instead of an autocast region",
+    ),
+    Repair(
         "EasyAnimateRotaryPosEmbed",
         "forward",
         repairs_positions.easyanimate_rope,

@@ -89,6 +89,16 @@ def mochi_positions(
     return torch.stack(grid, dim=-1).reshape(-1, 3)
 
 
+def mochi_rope(self: Any, freqs: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+    """MochiRoPE: cosine and sine of positions ``[N, 3]`` by frequencies ``[3, H, D]``.
+
+    The original's autocast region asks for float32, to which it also casts; autocast does not exist
+    on the meta device.
+    """
+    angles = torch.einsum("nd,dhf->nhf", pos.float(), freqs.float())
+    return angles.cos(), angles.sin()
+
+
 def easyanimate_rope(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """EasyAnimateRotaryPosEmbed: rotary tables over a crop of the base grid.
 
