@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vdqc import report
+from vdqc.aot import PACKAGE, package
 from vdqc.base import numerics
 from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError, VerifyError
 from vdqc.base.target import TARGETS, Target
+from vdqc.bypassed import refuse_bypassed_hooks
 from vdqc.calls import flat_output, users_code
 from vdqc.engine.pass_manager import Context, PassManager, PassRecord, check_order, probe_output
 from vdqc.engine.recipe import Recipe, load_pass
@@ -59,16 +61,20 @@ def compile(
     """Compile ``model`` (a module, a model.py or a diffusers folder) into the folder ``out``.
 
     ``scheme`` is ``w8a8`` or texts ``glob=scheme``, later ones win; ``out`` defaults to
-    ``<name>.vdqc``. Words and order are checked before the model is loaded, an existing ``out`` is
-    refused unless ``force``, and nothing is left behind if anything fails. Raises VdqcError.
+    ``<name>.vdqc``; ``aot`` adds an AOTInductor package. Words and order are checked before the
+    model is loaded, an existing ``out`` is refused unless ``force``, and nothing is left behind if
+    anything fails. Raises VdqcError.
     """
     diagnostics = diagnostics or Diagnostics()
     recipe = parse_recipe(passes, scheme)
     machine = usable_target(target, diagnostics)
     with artifact.staging(out_folder(model, out), force) as folder:
         source = as_source(model, samples, component)
+        refuse_bypassed_hooks(source.model, diagnostics)
         expected = float_output(source) if verify else None
         graph, captured = capture_source(source, diagnostics)
+        if graph.stored:  # larger than memory, perhaps: then so is what the passes make of it
+            graph.spill = folder / ".spill"
         check_weights(graph, progress)
         ctx = Context(source.samples, machine, diagnostics, recipe.rules, seed, progress)
         texts = IRTexts({"00_captured": str(graph)})
@@ -97,6 +103,9 @@ def compile(
             target=machine,
         )
         save_probe(graph, source.samples[0], folder)
+        if aot:
+            inputs = graph.signature.bind((), source.samples[0].inputs)
+            package(graph, machine, inputs, folder / PACKAGE)
         report.write(folder)
         artifact.seal(folder, progress)
     return artifact.read(out_folder(model, out))
@@ -188,9 +197,7 @@ def float_output(source: Source) -> Tensor | None:
 def capture_source(source: Source, diagnostics: Diagnostics) -> tuple[Graph, PassRecord]:
     """The graph of a source, and what capture did; weights that were left on disk stay there."""
     start = time.perf_counter()
-    graph = capture(source.model, source.samples, diagnostics)
-    names = graph.param_names()
-    graph.stored.update({name: source.stored[name] for name in names if name in source.stored})
+    graph = capture(source.model, source.samples, diagnostics, source.stored)
     seconds = time.perf_counter() - start
     return graph, PassRecord("capture", True, Stage.CAPTURED, seconds, len(graph.nodes))
 

@@ -1,6 +1,7 @@
 """The main job, on a tiny model and through both front doors."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,15 @@ def test_import_is_light():
     assert sorted(vdqc.__all__) == ["Sample", "__version__", "compile", "load"]
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         vdqc.nothing  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_aot_package_computes_the_same_at_another_size(model_file, tmp_path):
+    made = vdqc.compile(model_file, out=tmp_path / "out", passes="quant", aot=True)
+    compiled = vdqc.load(made.path)
+    packaged = torch._inductor.aoti_load_package(str(made.path / "program.pt2"))
+    inputs = load_source(model_file).samples[1].inputs
+    with torch.no_grad():
+        (output,) = packaged(*compiled.signature.bind((), inputs))
+        assert sqnr_db(output, compiled(**inputs)) > 40

@@ -205,14 +205,16 @@ def _passes(data: ReportData) -> Html:
     return section(
         "Passes",
         "What ran, in order. Exact passes keep the function and were held to it on the probe; "
-        "lossy ones spend fidelity. SQNR is of the whole graph so far against the float model.",
+        "lossy ones spend fidelity. SQNR is of the whole graph so far against the float model. "
+        "Behind a quantiser an exact step may still move the output, by another draw of the noise.",
         table(headers, rows, numbers=(0, 3, 4, 5, 7)),
         *(_facts(record.text, record.facts) for record in data.records if record.facts),
     )
 
 
 def _facts(text: str, facts: Mapping[str, Any]) -> Html:
-    rows = [[key, _short(value)] for key, value in facts.items()]
+    # what passes say of each site is in the table of sites
+    rows = [[key, _short(value)] for key, value in facts.items() if key != "sites"]
     return details(f"{text}: what it reports", table(["", ""], rows))
 
 
@@ -256,9 +258,14 @@ def _sites(data: ReportData) -> Html:
     groups: dict[str, list[Any]] = {}
     for row in data.sites:
         groups.setdefault(row.block, []).append(row)
+    first = next((name for name in groups if name), "")
     only = len(data.sites) <= 30
     tables = [
-        details(f"{name or 'outside the blocks'} ({count(len(rows), 'site')})", _site_table(rows))
+        details(
+            f"{name or 'outside the blocks'} ({count(len(rows), 'site')})",
+            _site_table(rows),
+            is_open=name == first,
+        )
         for name, rows in groups.items()
     ]
     return section(
@@ -349,11 +356,11 @@ def _ir(data: ReportData) -> Html:
         "The program, before and after",
         "The first lines of one block; the whole text after every pass is in the folder ir/ of the "
         "artifact.",
-        tag("div", *columns, class_="columns"),
+        *columns,
     )
 
 
-def _excerpt(text: str, lines: int = 40) -> str:
+def _excerpt(text: str, lines: int = 24) -> str:
     """The lines from the first block's first site on."""
     rows = text.splitlines()
     start = next((i for i, row in enumerate(rows) if "# site blocks.0." in row), 1)

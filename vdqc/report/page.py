@@ -141,8 +141,6 @@ details { border-bottom: 1px solid var(--rule); padding: 8px 0; }
 summary { cursor: pointer; font-weight: 600; font-size: 14px; }
 pre { background: var(--panel); padding: 14px 16px; border-radius: 8px; overflow-x: auto;
   margin: 12px 0; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; }
-.columns > div { min-width: 0; }
 .films { display: grid; grid-template-columns: 104px 1fr; gap: 6px 14px; align-items: center;
   margin: 20px 0; font-size: 13px; color: var(--soft); }
 .films img { width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }

@@ -1,0 +1,56 @@
+"""An AOTInductor package beside the program: compiled ahead of time, loaded without tracing.
+
+``torch._inductor.aoti_load_package(folder / PACKAGE)`` gives a callable that takes the signature's
+inputs in order. Kernels that stay opaque to the compiler are called through the dispatcher, so the
+process that loads the package imports vdqc first (``vdqc.compiled.register_kernels``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vdqc.base.diagnostics import LoweringError
+from vdqc.base.target import Target
+from vdqc.ir.graph import Graph
+from vdqc.ir.signature import TensorInput
+from vdqc.lowering.prepare import prepare
+
+#: Where the package is, in the artifact's folder.
+PACKAGE = "program.pt2"
+
+
+@torch.no_grad()
+def package(graph: Graph, target: Target, inputs: Sequence[Any], file: Path) -> None:
+    """Compile a lowered graph into ``file``; sizes that vary in the signature vary in it too.
+
+    Raises LoweringError where Inductor or the C++ compiler fails.
+    """
+    sizes = [
+        {
+            axis: torch.export.Dim.DYNAMIC
+            for axis, size in enumerate(entry.sizes)
+            if isinstance(size, str)
+        }
+        if isinstance(entry, TensorInput)
+        else None
+        for entry in graph.signature.inputs
+    ]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = prepare(graph.module, target)
+            exported = torch.export.export(
+                program, tuple(inputs), dynamic_shapes=tuple(sizes), strict=False
+            )
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(file))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise LoweringError(
+            f"AOTInductor failed: {type(error).__name__}: {lines[0]}",
+            "expected a C++ compiler (g++ or clang++) on the path; without --aot none is needed",
+        ) from error
