@@ -149,9 +149,7 @@ class Worker:
         return {"skip": f"the worker ended with code {self.process.wait()}"}
 
 
-def start(
-    options: argparse.Namespace, folder: Path
-) -> tuple[dict[str, Worker], dict[str, str]]:
+def start(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Worker], dict[str, str]]:
     """Workers that are ready, and why the others are not."""
     workers: dict[str, Worker] = {}
     skipped: dict[str, str] = {}
@@ -209,7 +207,9 @@ def measure(
 def report(options: argparse.Namespace, rows: list[Row], skipped: dict[str, str]) -> None:
     """Print the table and write the JSON."""
     by_name = {row.variant: row for row in rows}
-    references = [name for name in ("bf16-compile", "bf16-strong", "torchao-int8") if name in by_name]
+    references = [
+        name for name in ("bf16-compile", "bf16-strong", "torchao-int8") if name in by_name
+    ]
     bf16 = by_name.get("bf16-eager")
     heads = ["variant", "s", "spread", *(f"x {name}" for name in references)]
     print("  ".join(f"{head:>18}" for head in [*heads, "weights MB", "x bf16", "rel. error"]))
@@ -404,7 +404,7 @@ def strong(model: Any, call: dict[str, Any]) -> tuple[Forward, int]:
     return lambda: program(*inputs)[0], weight_bytes
 
 
-class prepacked_op:  # noqa: N801 (used once, as a namespace)
+class prepacked_op:
     """A linear whose weight oneDNN has reordered, named by a handle: such tensors cannot be traced."""
 
     def __init__(self) -> None:
@@ -431,7 +431,7 @@ class prepacked_op:  # noqa: N801 (used once, as a namespace)
     def pack(self, weight: Any) -> int:
         import torch
 
-        self.weights.append(torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn()))
+        self.weights.append(torch.ops.mkldnn._reorder_linear_weight(weight, None))
         return len(self.weights) - 1
 
     def op(self, n: int) -> Callable[..., Any]:
@@ -454,7 +454,7 @@ def prepack_linears(model: Any) -> None:
 
     def forward(linear: Any) -> Callable[..., Any]:
         bias = linear.bias
-        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to_mkldnn())
+        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         linear.weight = torch.nn.Parameter(linear.weight.detach()[:0], requires_grad=False)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -465,9 +465,15 @@ def prepack_linears(model: Any) -> None:
 
 def use_our_attention() -> None:
     """Replace torch's attention by ours for the whole process."""
+    from types import SimpleNamespace
+
     import torch
 
+    from vdqc.kernels import attention as kernel
     from vdqc.kernels.attention import ATTENTION
+
+    original = torch.nn.functional.scaled_dot_product_attention
+    kernel.functional = SimpleNamespace(scaled_dot_product_attention=original)
 
     def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
         return ATTENTION.op(query, key, value, attn_mask, query.shape[-1] ** -0.5)

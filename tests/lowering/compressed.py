@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from vdqc.base.numerics import scale_from_range, value_range, whole_multiples
 from vdqc.base.scheme import QuantScheme, QuantSpec
+from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.ops import FAKE_QUANTIZE as QUANTIZE
 from vdqc.ir.sample import Sample
 from vdqc.ir.site import SiteKind, set_note
+from vdqc.passes.canonicalize import Canonicalize
 from vdqc.testing.architectures import ARCHITECTURES
-
-SCHEMES = (
-    "w8a8",
-    "w4a8",
-    "w4a8-g16",
-    "w3a6-asym",
-    "w8a8-static",
-    "w4a16-g16",
-    "w6a6",
-    "w2a8",
-    "w5a8-asym-tensor",
-    "w7a7-aasym-static",
-    "w8a8-wasym",
-)
 
 
 def wan(dtype: torch.dtype = torch.float32) -> tuple[Graph, Sample]:
-    """The captured graph of tiny Wan, with ``view`` spelled ``reshape``, and its example."""
+    """The canonical graph of tiny Wan, and its example."""
     architecture = ARCHITECTURES["wan-t2v"]
     samples = architecture.samples(dtype)
     graph = capture(architecture.build(0, dtype), samples)
+    PassManager([Canonicalize()], probe=False).run(graph, Context())
     return graph, samples[0]
 
 
