@@ -114,6 +114,8 @@ def quantise_weight(
             site=site.name,
         )
     scale, zero_point = weight_scale(weight, spec, weight_range)
+    if _scheme(site).input is not None:  # both operands are codes: keep the sum over groups whole
+        scale = numerics.whole_multiples(scale, spec)
     quantised = numerics.fake_quantize(weight, scale, zero_point, spec)
     stored = stored_bytes(weight, scale, zero_point, spec)
     facts = {

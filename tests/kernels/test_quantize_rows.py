@@ -23,7 +23,9 @@ def sample(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("text", ["int8/token/dynamic", "int4/token/dynamic", "int6/tensor/dynamic"])
+@pytest.mark.parametrize(
+    "text", ["int8/token/dynamic", "int4/token/dynamic", "int6/tensor/dynamic"]
+)
 def test_symmetric_codes_are_those_of_the_numerics(
     shape: tuple[int, ...], dtype: torch.dtype, text: str
 ) -> None:

@@ -87,6 +87,22 @@ def scale_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor
     return scale, (-low / scale).round().clamp(spec.qmin, spec.qmax)
 
 
+def whole_multiples(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Group scales[N, groups] rounded up to whole multiples of one scale per row, where fine enough.
+
+    A code times its multiple then still fits an int8, so that an integer GEMM sums over all groups.
+    With codes up to ``qmax`` there are 127 // qmax multiples: 18 for int4. Below eight (6 bits and
+    more), and with zero points, the scales stay as they are. Rounding up clips nothing.
+
+    Source: Lin et al., QServe, arXiv 2405.04532, section 4.1 (progressive group quantisation).
+    """
+    limit = 127 // spec.qmax
+    if spec.granularity.kind is not GranularityKind.GROUP or not spec.symmetric or limit < 8:
+        return scale
+    base = scale.amax(-1, keepdim=True) / limit
+    return base * (scale / base - 1e-5).ceil().clamp(1, limit)
+
+
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Codes of ``x``: round-half-even(x / scale) + zero point, clamped.
 
