@@ -37,7 +37,7 @@ def apply(graph: Graph, fold: ScaleFold, d: Tensor) -> None:
     """Carry out the edits as ScaleEdit documents them."""
     for index, edit in enumerate(fold.edits):
         factor = edit.factor(d)
-        name = f"_factor{index}"
+        name = f"_factor_{graph.version}_{index}"  # an edit before this one keeps its own
         if edit.operand == -1:
             scale = graph.set_param(name, factor)
             scaled = graph.call_after(A.mul.Tensor, edit.node, scale, after=edit.node)
