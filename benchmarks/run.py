@@ -405,7 +405,7 @@ def strong(model: Any, call: dict[str, Any]) -> tuple[Forward, int]:
 
 
 class prepacked_op:
-    """A linear whose weight oneDNN has reordered, named by a handle: such tensors cannot be traced."""
+    """A linear whose weight oneDNN has reordered: untraceable, so named by a handle."""
 
     def __init__(self) -> None:
         import torch

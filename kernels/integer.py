@@ -40,7 +40,7 @@ def _fake_matmul(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def unpack_weight(packed: Tensor, bits: int, width: int, multiplier: Tensor | None) -> Tensor:
-    """int8[N, width] from packed codes, each group of columns times ``multiplier`` i8[N, groups]."""
+    """int8[N, width] from packed codes; column groups times ``multiplier`` i8[N, groups]."""
     weight = unpack(packed, bits, width)
     if multiplier is None:
         return weight

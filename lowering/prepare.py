@@ -44,7 +44,7 @@ _aten = torch.ops.aten
 def prepare(module: fx.GraphModule, target: Target) -> nn.Module:
     """The runnable form of a lowered program; shares its weights, leaves ``module`` as it is."""
     program = fx.GraphModule(module, copy.deepcopy(module.graph))
-    _share(program, module)
+    _freeze(program)
     spell_kernels(program, target)
     return outline(program)
 
@@ -107,11 +107,9 @@ def _matrix(program: fx.GraphModule, order: int, dtype: torch.dtype) -> fx.Node:
     return program.graph.get_attr(name)
 
 
-def _share(program: fx.GraphModule, module: fx.GraphModule) -> None:
-    """``program`` holds the very tensors of ``module`` (a deep copy of the graph does not hold
-    any).
-    """
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+def _freeze(program: fx.GraphModule) -> None:
+    """Parameters that need no gradient, on the same storage: kernels have no backward."""
+    for name, parameter in list(program.named_parameters()):
         owner = program.get_submodule(name.rpartition(".")[0])
-        current = getattr(owner, name.rpartition(".")[2])
-        assert current is tensor, f"{name} was copied"
+        frozen = nn.Parameter(parameter.detach(), requires_grad=False)
+        setattr(owner, name.rpartition(".")[2], frozen)

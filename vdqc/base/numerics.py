@@ -88,7 +88,7 @@ def scale_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor
 
 
 def whole_multiples(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Group scales[N, groups] rounded up to whole multiples of one scale per row, where fine enough.
+    """Group scales[N, groups], rounded up to whole multiples of one scale per row.
 
     A code times its multiple then still fits an int8, so that an integer GEMM sums over all groups.
     With codes up to ``qmax`` there are 127 // qmax multiples: 18 for int4. Below eight (6 bits and
