@@ -2,7 +2,7 @@
 
     python benchmarks/compile_time.py --model wan-1.3b --layers 12 --passes rotate,smooth,quant
     python benchmarks/compile_time.py --model wan-14b --layers 5 10 20 40 --passes rotate,quant \\
-        --scheme w4a8 --work /path/with/70GB
+        --scheme w4a8 --mapped --work /path/with/70GB
 
 Weights are random and written as safetensors shards, one per block, so that a model larger than
 memory is really read from disk. Each size is compiled in a process of its own; results go to
@@ -91,12 +91,14 @@ def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> t
     return weight.normal_(0, (weight[0].numel()) ** -0.5, generator=generator)
 
 
-def compile_once(folder: Path, out: Path, passes: str, scheme: str) -> dict[str, Any]:
+def compile_once(folder: Path, out: Path, passes: str, scheme: str, mapped: bool) -> dict[str, Any]:
     """Compile in this process; seconds, peak resident GiB and seconds per pass."""
     import vdqc
 
     start = time.perf_counter()
-    artifact = vdqc.compile(folder, passes=passes, scheme=scheme, target="cpu", out=out)
+    artifact = vdqc.compile(
+        folder, passes=passes, scheme=scheme, target="cpu", out=out, mapped=mapped
+    )
     seconds = time.perf_counter() - start
     manifest = json.loads((Path(artifact.path) / "manifest.json").read_text())
     return {
@@ -113,6 +115,7 @@ def measure(arguments: argparse.Namespace, layers: int, work: Path) -> dict[str,
     size = write_random_model(folder, wan_config(arguments.model, layers))
     command = [sys.executable, __file__, "--child", str(folder), str(out)]
     command += ["--passes", arguments.passes, "--scheme", arguments.scheme]
+    command += ["--mapped"] if arguments.mapped else []
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(folder)
     shutil.rmtree(out)
@@ -126,11 +129,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[12])
     parser.add_argument("--passes", default="rotate,smooth,quant")
     parser.add_argument("--scheme", default="w8a8")
+    parser.add_argument("--mapped", action="store_true", help="stream the weights from disk")
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(compile_once(*arguments.child, arguments.passes, arguments.scheme)))
+        result = compile_once(
+            *arguments.child, arguments.passes, arguments.scheme, arguments.mapped
+        )
+        print(json.dumps(result))
         return
     rows = []
     for layers in arguments.layers:
@@ -145,6 +152,7 @@ def main() -> None:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     key = f"{arguments.model} {arguments.passes} {arguments.scheme}"
+    key += " mapped" if arguments.mapped else ""
     known[key] = {
         "torch": torch.__version__,
         "python": platform.python_version(),

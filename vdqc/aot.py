@@ -8,11 +8,12 @@ process that loads the package imports vdqc first (``vdqc.compiled.register_kern
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vdqc.base.diagnostics import LoweringError
 from vdqc.base.target import Target
@@ -45,7 +46,7 @@ def package(graph: Graph, target: Target, inputs: Sequence[Any], file: Path) -> 
             warnings.simplefilter("ignore")
             program = prepare(graph.module, target)
             exported = torch.export.export(
-                program, tuple(inputs), dynamic_shapes=tuple(sizes), strict=False
+                program, tuple(_doubled(graph, inputs)), dynamic_shapes=tuple(sizes), strict=False
             )
             torch._inductor.aoti_compile_and_package(exported, package_path=str(file))
     except Exception as error:
@@ -54,3 +55,15 @@ def package(graph: Graph, target: Target, inputs: Sequence[Any], file: Path) -> 
             f"AOTInductor failed: {type(error).__name__}: {lines[0]}",
             "expected a C++ compiler (g++ or clang++) on the path; without --aot none is needed",
         ) from error
+
+
+def _doubled(graph: Graph, inputs: Sequence[Any]) -> Iterator[Any]:
+    """``inputs`` with every axis that varies and has size 1 repeated: export would fix it at 1."""
+    for entry, value in zip(graph.signature.inputs, inputs, strict=True):
+        if isinstance(entry, TensorInput) and isinstance(value, Tensor):
+            times = [
+                2 if isinstance(size, str) and found == 1 else 1
+                for size, found in zip(entry.sizes, value.shape, strict=True)
+            ]
+            value = value.repeat(times)
+        yield value

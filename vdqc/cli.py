@@ -136,6 +136,12 @@ def _add_compile(sub: Any) -> None:
     sub.add_argument("--force", action="store_true", help="replace the output folder if it exists")
     sub.add_argument("--aot", action="store_true", help="add an AOTInductor package")
     sub.add_argument(
+        "--mapped",
+        action="store_true",
+        default=None,
+        help="stream a folder's weights from disk (default: if they exceed half of free memory)",
+    )
+    sub.add_argument(
         "--no-verify", action="store_true", help="skip the probe that measures every pass"
     )
 
@@ -217,6 +223,7 @@ def compile_command(options: argparse.Namespace) -> int:
         seed=options.seed,
         verify=not options.no_verify,
         component=options.component,
+        mapped=options.mapped,
         diagnostics=_diagnostics(options),
         progress=_progress(options),
     )

@@ -54,6 +54,7 @@ def compile(
     seed: int = 0,
     verify: bool = True,
     component: str | None = None,
+    mapped: bool | None = None,
     aot: bool = False,
     diagnostics: Diagnostics | None = None,
     progress: Progress = lambda items, description: items,
@@ -61,7 +62,8 @@ def compile(
     """Compile ``model`` (a module, a model.py or a diffusers folder) into the folder ``out``.
 
     ``scheme`` is ``w8a8`` or texts ``glob=scheme``, later ones win; ``out`` defaults to
-    ``<name>.vdqc``; ``aot`` adds an AOTInductor package. Words and order are checked before the
+    ``<name>.vdqc``; ``mapped`` leaves a folder's weights on disk and streams them (by default where
+    they exceed half of the free memory); ``aot`` adds an AOTInductor package. Words and order are checked before the
     model is loaded, an existing ``out`` is refused unless ``force``, and nothing is left behind if
     anything fails. Raises VdqcError.
     """
@@ -69,12 +71,13 @@ def compile(
     recipe = parse_recipe(passes, scheme)
     machine = usable_target(target, diagnostics)
     with artifact.staging(out_folder(model, out), force) as folder:
-        source = as_source(model, samples, component)
+        source = as_source(model, samples, component, mapped)
         refuse_bypassed_hooks(source.model, diagnostics)
         expected = float_output(source) if verify else None
         graph, captured = capture_source(source, diagnostics)
         if graph.stored:  # larger than memory, perhaps: then so is what the passes make of it
             graph.spill = folder / ".spill"
+            verify = probe_stored(verify, aot, diagnostics)
         check_weights(graph, progress)
         ctx = Context(source.samples, machine, diagnostics, recipe.rules, seed, progress)
         texts = IRTexts({"00_captured": str(graph)})
@@ -167,13 +170,16 @@ def out_folder(model: nn.Module | str | Path, out: str | Path | None) -> Path:
 
 
 def as_source(
-    model: nn.Module | str | Path, samples: Iterable[Sample] | None, component: str | None = None
+    model: nn.Module | str | Path,
+    samples: Iterable[Sample] | None,
+    component: str | None = None,
+    mapped: bool | None = None,
 ) -> Source:
     """Model and samples, from a file, a folder, or as they were given."""
     if not isinstance(model, nn.Module):
         if samples is not None:
             raise InputError(f"expected no samples beside {model}, which brings its own")
-        return load_source(Path(model), component=component)
+        return load_source(Path(model), component=component, mapped=mapped)
     if component is not None:
         raise InputError(f"expected no component beside a module, got '{component}'")
     if samples is None:
@@ -200,6 +206,26 @@ def capture_source(source: Source, diagnostics: Diagnostics) -> tuple[Graph, Pas
     graph = capture(source.model, source.samples, diagnostics, source.stored)
     seconds = time.perf_counter() - start
     return graph, PassRecord("capture", True, Stage.CAPTURED, seconds, len(graph.nodes))
+
+
+def probe_stored(verify: bool, aot: bool, diagnostics: Diagnostics) -> bool:
+    """Whether a graph whose weights are on disk is probed: no, each probe would read them all.
+
+    Raises InputError if ``aot`` is asked for, which compiles the weights into the package.
+    """
+    if aot:
+        raise InputError(
+            "expected weights in memory for --aot, got weights that stay on disk",
+            "compile without --aot: the artifact runs under torch.compile as well",
+        )
+    if verify:
+        diagnostics.warning(
+            "",
+            "not-probed",
+            "the weights stay on disk, so no pass was checked by running the model",
+            "vdqc check compares the artifact with the float model",
+        )
+    return False
 
 
 def check_capture(graph: Graph, manager: PassManager, expected: Tensor | None) -> None:
