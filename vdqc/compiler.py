@@ -63,9 +63,9 @@ def compile(
 
     ``scheme`` is ``w8a8`` or texts ``glob=scheme``, later ones win; ``out`` defaults to
     ``<name>.vdqc``; ``mapped`` leaves a folder's weights on disk and streams them (by default where
-    they exceed half of the free memory); ``aot`` adds an AOTInductor package. Words and order are checked before the
-    model is loaded, an existing ``out`` is refused unless ``force``, and nothing is left behind if
-    anything fails. Raises VdqcError.
+    they exceed half of the free memory); ``aot`` adds an AOTInductor package. Words and order are
+    checked before the model is loaded, an existing ``out`` is refused unless ``force``, and nothing
+    is left behind if anything fails. Raises VdqcError.
     """
     diagnostics = diagnostics or Diagnostics()
     recipe = parse_recipe(passes, scheme)
