@@ -27,7 +27,7 @@ def _fake(x: Tensor, signs: Tensor, block: int, inverse: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def spelled(x: Tensor, signs: Tensor, left: Tensor | None, right: Tensor, inverse: bool) -> Tensor:
+def rotated(x: Tensor, signs: Tensor, left: Tensor | None, right: Tensor, inverse: bool) -> Tensor:
     """The rotation by ``left ⊗ right`` (matrices of +1 and -1 in the dtype of x, or None for 1)."""
     width, order = x.shape[-1], right.shape[0]
     value = x if inverse else x * signs.to(x.dtype)

@@ -28,7 +28,7 @@ from vdqc.kernels.base import Kernel
 from vdqc.kernels.int8_linear import INT8_LINEAR
 from vdqc.kernels.packed_linear import PACKED_LINEAR
 from vdqc.kernels.quantize_rows import QUANTIZE_ROWS, QUANTIZE_ROWS_ASYM, QUANTIZE_STATIC
-from vdqc.kernels.rotation import ROTATION, spelled
+from vdqc.kernels.rotation import ROTATION, rotated
 from vdqc.lowering.outline import outline
 
 _FUSED: tuple[Kernel, ...] = (
@@ -97,7 +97,7 @@ def _spell_rotation(program: fx.GraphModule, node: fx.Node) -> None:
     with program.graph.inserting_before(node):
         left = None if pair[0] == 1 else _matrix(program, pair[0], dtype)
         node.args = (x, signs, left, _matrix(program, pair[1], dtype), inverse)
-    node.target = spelled
+    node.target = rotated
 
 
 def _matrix(program: fx.GraphModule, order: int, dtype: torch.dtype) -> fx.Node:

@@ -3,7 +3,7 @@ import torch
 
 from vdqc.base import hadamard
 from vdqc.base.numerics import TOLERANCE, relative_error
-from vdqc.kernels.rotation import ROTATION, spelled
+from vdqc.kernels.rotation import ROTATION, rotated
 
 
 @pytest.mark.parametrize(("width", "block"), [(64, 64), (96, 12), (1536, 1536), (768, 64)])
@@ -16,7 +16,7 @@ def test_spelled_form_equals_the_reference(
     pair = hadamard.factors(block)
     assert pair is not None
     left, right = (hadamard.hadamard(order).to(dtype) for order in pair)
-    found = spelled(x, signs, None if pair[0] == 1 else left, right, inverse)
+    found = rotated(x, signs, None if pair[0] == 1 else left, right, inverse)
     expected = torch.ops.vdqc_kernels.rotation(x, signs, block, inverse)
     assert found.dtype == dtype
     assert relative_error(found, expected) < TOLERANCE[dtype]
