@@ -113,10 +113,15 @@ def cast_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """``model`` in ``dtype`` but for what its class keeps in float32 (as ``from_pretrained``)."""
     if dtype == torch.float32:
         return model
-    kept = kept_in_float32(model, dtype)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not any(part in kept for part in name.split(".")):
-            tensor.data = tensor.data.to(dtype)
+    kept = set(kept_in_float32(model, dtype))
+    for prefix, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for leaf, tensor in tensors.items():
+                name = f"{prefix}.{leaf}".split(".")
+                if tensor is None or not tensor.is_floating_point() or kept & set(name):
+                    continue
+                value = tensor.detach().to(dtype)
+                tensors[leaf] = nn.Parameter(value) if tensors is module._parameters else value
     return model
 
 
