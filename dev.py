@@ -102,7 +102,7 @@ def example(arguments: list[str]) -> int:
             "--force",
             *arguments,
         ],
-        [vdqc, "check", out, "--model", model],
+        [vdqc, "check", out, "--model", model, "--report", str(ROOT / "digits.html")],
     )
 
 
