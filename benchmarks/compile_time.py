@@ -153,11 +153,13 @@ def main() -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     key = f"{arguments.model} {arguments.passes} {arguments.scheme}"
     key += " mapped" if arguments.mapped else ""
+    measured = {row["layers"] for row in rows}
+    kept = [row for row in known.get(key, {}).get("rows", []) if row["layers"] not in measured]
     known[key] = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "rows": rows,
+        "rows": sorted([*kept, *rows], key=lambda row: row["layers"]),
     }
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
 
