@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,10 @@ def write_random_model(folder: Path, config: dict[str, Any]) -> int:
         parts = name.split(".")
         shards.setdefault(parts[1] if parts[0] == "blocks" else "rest", []).append(name)
     weight_map, total = {}, 0
-    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(2**24 - 3, generator=torch.Generator().manual_seed(0)).bfloat16()
     for shard, names in shards.items():
         file = f"diffusion_pytorch_model-{shard}.safetensors"
-        tensors = {name: random_weight(name, state[name].shape, generator) for name in names}
+        tensors = {name: random_weight(name, state[name].shape, pool) for name in names}
         save_file(tensors, folder / file)
         weight_map.update(dict.fromkeys(names, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -81,14 +82,20 @@ def write_random_model(folder: Path, config: dict[str, Any]) -> int:
     return total
 
 
-def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Ones for norms, Gaussian rows of unit gain for matrices, zeros for biases."""
+def random_weight(name: str, shape: torch.Size, pool: torch.Tensor) -> torch.Tensor:
+    """Ones for norms, zeros for biases, Gaussian rows of unit gain for matrices.
+
+    The Gaussians are cut from ``pool`` at a place that depends on the name: drawing every one anew
+    would take longer than compiling.
+    """
     if "norm" in name and name.endswith("weight"):
         return torch.ones(shape, dtype=torch.bfloat16)
     if len(shape) < 2:
         return torch.zeros(shape, dtype=torch.bfloat16)
-    weight = torch.empty(shape, dtype=torch.bfloat16)
-    return weight.normal_(0, (weight[0].numel()) ** -0.5, generator=generator)
+    count = shape.numel()
+    start = zlib.crc32(name.encode()) % (pool.numel() - 1)
+    tiled = pool.roll(-start).repeat(-(-count // pool.numel()))[:count]
+    return tiled.reshape(shape) * (count / shape[0]) ** -0.5
 
 
 def compile_once(folder: Path, out: Path, passes: str, scheme: str, mapped: bool) -> dict[str, Any]:

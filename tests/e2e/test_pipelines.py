@@ -77,6 +77,11 @@ def ltx_samples() -> list[Sample]:
     ]
 
 
+STEPS = 3
+#: A step's rounding is in the next step's input, so the errors of the steps add up.
+ALLOWED = STEPS * TOLERANCE[torch.float32]
+
+
 def video(pipe: DiffusionPipeline, batch: int, size: dict[str, int], **options: Any) -> Tensor:
     """Frames of one seeded sampling run with classifier-free guidance."""
     generator = torch.Generator().manual_seed(5)
@@ -89,7 +94,7 @@ def video(pipe: DiffusionPipeline, batch: int, size: dict[str, int], **options: 
         prompt_embeds=prompts[0],
         negative_prompt_embeds=prompts[1],
         guidance_scale=4.0,
-        num_inference_steps=3,
+        num_inference_steps=STEPS,
         generator=generator,
         output_type="pt",
         **size,
@@ -143,7 +148,7 @@ def test_whole_sampling_runs_equal_the_float_pipeline(
         expected = video(pipeline(model), batch, size)
         actual = video(pipeline(compiled), batch, size)
         assert actual.shape == expected.shape
-        assert relative_error(actual, expected) <= TOLERANCE[torch.float32], (batch, size)
+        assert relative_error(actual, expected) <= ALLOWED, (batch, size)
 
 
 def test_components_check_and_move(exported: tuple[str, nn.Module, Path], tmp_path: Path) -> None:
@@ -163,7 +168,7 @@ def test_components_check_and_move(exported: tuple[str, nn.Module, Path], tmp_pa
     loaded.to("cpu")
     batch, size = calls[0]
     expected = video(pipeline(model), batch, size)
-    assert relative_error(video(loaded, batch, size), expected) <= TOLERANCE[torch.float32]
+    assert relative_error(video(loaded, batch, size), expected) <= ALLOWED
 
 
 def test_quantised_run_stays_close(tmp_path: Path) -> None:
