@@ -287,7 +287,8 @@ def lower_checked(
         noise = numerics.relative_error(compressed, reference)
         distance = numerics.relative_error(lowered, reference)
         equal = tolerance(graph)
-        if not (error <= max(equal, 1.5 * noise) and distance <= max(equal, 1.15 * noise)):
+        near = error <= max(equal, numerics.REDRAWN_NOISE * noise)
+        if not (near and distance <= max(equal, numerics.REDRAWN_DISTANCE * noise)):
             raise VerifyError(
                 f"lowering moved the probe output by {error:.2e}; its distance to the float model "
                 f"went from {noise:.2e} to {distance:.2e}",

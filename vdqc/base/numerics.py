@@ -24,6 +24,12 @@ TOLERANCE: dict[torch.dtype, float] = {
 
 _CHUNK = 2**22
 
+#: What two programs that differ in float rounding in front of a quantiser may differ by, in units
+#: of the quantisation noise: from each other, and in distance to the float model. A value at the
+#: edge of two codes falls to either side, and every flip is another draw of the noise.
+REDRAWN_NOISE = 1.5
+REDRAWN_DISTANCE = 1.15
+
 #: Smallest scale kept: an all-zero row quantises to zeros instead of dividing by zero.
 MIN_SCALE = 1e-12
 
