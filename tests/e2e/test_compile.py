@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import vdqc
-from vdqc.base.diagnostics import ConfigError, InputError
+from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError
 from vdqc.base.numerics import sqnr_db
 from vdqc.cli import main
 from vdqc.compiler import check_weights, complete
 from vdqc.engine.recipe import Recipe
 from vdqc.ir.source import load_source
 from vdqc.passes.table import PASSES
+from vdqc.testing.architectures import ARCHITECTURES
 
 
 def test_the_command_as_written_works_with_no_other_option(capsys, model_file, monkeypatch):
@@ -147,3 +148,35 @@ def test_aot_package_computes_the_same_at_another_size(model_file, tmp_path):
     with torch.no_grad():
         (output,) = packaged(*compiled.signature.bind((), inputs))
         assert sqnr_db(output, compiled(**inputs)) > 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mapped") / "transformer"
+    ARCHITECTURES["wan-t2v"].build().save_pretrained(path)
+    return path
+
+
+def test_a_folder_streamed_from_disk_gives_the_bits_of_one_in_memory(folder, tmp_path):
+    diagnostics = Diagnostics()
+    compiled = {
+        mapped: vdqc.compile(
+            folder,
+            passes="rotate,quant",
+            scheme="w4a8",
+            out=tmp_path / f"mapped-{mapped}",
+            mapped=mapped,
+            diagnostics=diagnostics,
+        )
+        for mapped in (False, True)
+    }
+    assert [entry.code for entry in diagnostics].count("not-probed") == 1
+    calls = ARCHITECTURES["wan-t2v"].variants()["values"]
+    results = [vdqc.load(artifact.path)(**calls).sample for artifact in compiled.values()]
+    assert torch.equal(*results)
+
+
+def test_weights_on_disk_have_no_native_package(folder, tmp_path):
+    with pytest.raises(InputError, match="weights in memory for --aot"):
+        vdqc.compile(folder, out=tmp_path / "out", mapped=True, aot=True)
+    assert not (tmp_path / "out").exists()
