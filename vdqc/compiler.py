@@ -30,6 +30,7 @@ from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source, load_source
+from vdqc.ir.weights import return_freed_memory
 from vdqc.lowering.lower import lower
 from vdqc.lowering.select import KernelChoice
 from vdqc.passes.table import PASSES
@@ -77,6 +78,7 @@ def compile(
         graph, captured = capture_source(source, diagnostics)
         if graph.stored:  # larger than memory, perhaps: then so is what the passes make of it
             graph.spill = folder / ".spill"
+            return_freed_memory()
             verify = probe_stored(verify, aot, diagnostics)
         check_weights(graph, progress)
         ctx = Context(source.samples, machine, diagnostics, recipe.rules, seed, progress)

@@ -8,8 +8,10 @@ page ever touched as resident.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +56,18 @@ class StoredTensor:
 
 #: Tensors of fewer bytes are kept in memory.
 SPILLED_BYTES = 1 << 20
+_M_MMAP_THRESHOLD = -3  # glibc malloc.h
+
+
+def return_freed_memory() -> None:
+    """Have glibc give large blocks back when they are freed; elsewhere nothing.
+
+    Its own threshold rises to 32 MiB, and below that a freed weight stays in the heap: streaming 10
+    layers of 5120 channels then held 5.9 GiB (measured), growing with depth.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, SPILLED_BYTES)
 
 
 def spill(value: Tensor, folder: Path) -> Tensor | StoredTensor:
