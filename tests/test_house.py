@@ -129,7 +129,7 @@ def in_fresh_python(code: str) -> str:
 
 
 def test_import_is_light() -> None:
-    heavy = ["triton", "diffusers", "transformers", "sympy", "torch"]
+    heavy = ["triton", "diffusers", "transformers", "sympy", "numpy", "torch"]
     code = f"import sys, vdqc; print([m for m in {heavy!r} if m in sys.modules])"
     assert in_fresh_python(code) == "[]"
 
