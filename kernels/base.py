@@ -113,6 +113,7 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     cpu: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
     supports: Callable[[Any, Target], str | None] = lambda problem, target: None,
     cost: Callable[[Any], Cost] = lambda problem: Cost({}, 0.0),
     spelled: Mapping[str, Callable[..., Any]] | None = None,
@@ -122,10 +123,13 @@ def define(
     reference  torch code that defines the result; its annotations are the schema
     fake       shapes and dtypes of the result, for tracing
     cpu        the fastest route on a CPU, if it is not the reference
+    cuda       the route on an NVIDIA GPU; imports ``vdqc.kernels.gpu`` when it is called
     """
     op = torch.library.custom_op(f"vdqc_kernels::{name}", reference, mutates_args=())
     op.register_fake(fake)
     if cpu is not None:
         op.register_kernel("cpu", cpu)
+    if cuda is not None:
+        op.register_kernel("cuda", cuda)
     overload = getattr(torch.ops.vdqc_kernels, name).default
     return Kernel(name, overload, reference, supports, cost, spelled or {})

@@ -23,6 +23,7 @@ LAYERS = [
     (1, ["vdqc.base.scheme"]),
     (2, ["vdqc.base.*"]),
     (3, ["vdqc.ir.ops"]),
+    (4, ["vdqc.kernels.gpu.*", "vdqc.kernels.gpu"]),
     (5, ["vdqc.kernels.base", "vdqc.kernels.integer"]),
     (5, ["vdqc.ir.program", "vdqc.ir.artifact", "vdqc.engine.*", "vdqc.engine"]),
     (4, ["vdqc.ir.*", "vdqc.ir"]),
@@ -36,6 +37,8 @@ FORBIDDEN = [
     ("vdqc.passes.", "vdqc.kernels"),
     ("vdqc.passes.", "vdqc.lowering"),
     ("vdqc.kernels.", "vdqc.ir.graph"),
+    ("vdqc.kernels.gpu", "vdqc.ir"),
+    ("vdqc.ir.", "vdqc.kernels.gpu"),
     ("vdqc.lowering.", "vdqc.passes"),
 ]
 

@@ -1,0 +1,68 @@
+"""Every kernel variant that is compiled offline, for all GPU generations, without a GPU.
+
+A module of kernels lists its own as ``VARIANTS``; ``collect`` reads those lists.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from vdqc.kernels.gpu.runtime import ARCHS
+
+#: Modules of this package with a list ``VARIANTS``.
+MODULES = ("gemm",)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One kernel, specialised as at launch.
+
+    Attributes:
+        name: ``<op>/<what is special>``, unique.
+        fn: the ``@triton.jit`` function.
+        signature: argument to type (``*i8``, ``*bf16``, ``i32``, ``fp32``,
+            ``tensordesc<i8[128, 128]>``); what is missing here is in ``constexprs``.
+        constexprs: argument to value; also arguments that are None.
+        options: ``num_warps`` and ``num_stages``.
+        archs: generations to compile for.
+        expects: what the opcode of the matrix multiply looks like, a regular expression for each
+            generation; generations that are missing may use any, or none.
+        aligned: integer arguments that are multiples of 16; pointers always are.
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    options: Mapping[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 3})
+    archs: tuple[str, ...] = ARCHS
+    expects: Mapping[str, str] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+
+
+#: Opcodes of an int8 matrix multiply; sm100 has a unit that Triton 3.6 does not use yet.
+INT8_MMA: Mapping[str, str] = {
+    "sm80": r"IMMA\.16832\.S8",
+    "sm89": r"IMMA\.16832\.S8",
+    "sm90": r"IGMMA\.64x\d+x32\.S8",
+    "sm100": r"UTCIMMA|IMMA\.16832\.S8",
+    "sm120": r"IMMA\.16832\.S8",
+}
+#: Opcodes of a bfloat16 matrix multiply.
+BF16_MMA: Mapping[str, str] = {
+    "sm80": r"HMMA\.16816",
+    "sm89": r"HMMA\.16816",
+    "sm90": r"HGMMA\.64x\d+x16",
+    "sm100": r"UTCHMMA|HMMA\.16816",
+    "sm120": r"HMMA\.16816",
+}
+
+
+def collect() -> list[Variant]:
+    """All variants, in the order of ``MODULES``."""
+    found = []
+    for module in MODULES:
+        found += importlib.import_module(f"vdqc.kernels.gpu.{module}").VARIANTS
+    return found
