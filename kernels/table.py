@@ -14,4 +14,6 @@ KERNELS: Mapping[str, str] = {
     "weight_only_linear": "vdqc.kernels.weight_only_linear:WEIGHT_ONLY_LINEAR",
     "rotation": "vdqc.kernels.rotation:ROTATION",
     "attention": "vdqc.kernels.attention:ATTENTION",
+    "sparse_attention": "vdqc.kernels.sparse_attention:SPARSE_ATTENTION",
+    "sparse_attention_int8": "vdqc.kernels.sparse_attention:SPARSE_ATTENTION_INT8",
 }
