@@ -141,8 +141,19 @@ def extract(
         copied = graph.create_node(node.op, node.target, args, kwargs, name=next(names))
         copied.meta = dict(node.meta)
         values[node] = copied
-    graph.output(tuple(values[node] for node in outputs))
+    graph.output(tuple(_dense(graph, node, values[node]) for node in outputs))
     return fx.GraphModule(holder, graph, class_name="Block"), inputs, outputs
+
+
+def _dense(graph: fx.Graph, node: fx.Node, value: fx.Node) -> fx.Node:
+    """``value`` in row-major order: a compiler keeps whatever order a block gets, for all blocks.
+
+    A patch embedding ends in a transpose; without this the whole residual stream stayed transposed
+    (measured on a CPU, one layer of 4096 x 1536: elementwise kernels 168 ms, now 121).
+    """
+    if not isinstance(node.meta["val"], Tensor):
+        return value
+    return graph.call_method("contiguous", (value,))
 
 
 def _operands(region: Region) -> list[fx.Node]:
