@@ -27,7 +27,7 @@ from vdqc.base.diagnostics import Diagnostics, LoweringError
 from vdqc.base.scheme import GranularityKind
 from vdqc.base.target import Target
 from vdqc.ir.graph import Graph, Stage
-from vdqc.ir.ops import FAKE_QUANTIZE, ROTATE
+from vdqc.ir.ops import FAKE_QUANTIZE, KRONECKER, ROTATE
 from vdqc.ir.site import SiteKind, set_note
 from vdqc.ir.verifier import verify
 from vdqc.kernels.attention import ATTENTION
@@ -46,7 +46,9 @@ from vdqc.lowering.rules import (
     linear_site,
 )
 from vdqc.lowering.select import KernelChoice, attention_scale, choose
-from vdqc.lowering.spell import spell_fake_quantize
+from vdqc.lowering.spell import dynamic_range, spell_fake_quantize, spell_kronecker
+
+_aten = torch.ops.aten
 
 
 @torch.no_grad()
@@ -67,6 +69,7 @@ def lower(
             "run the passes first: canonicalize, annotate, quant",
         )
     with graph.edited_by("lower"):
+        _settle(graph)
         choices = choose(graph, target)
         packed = {choice.site for choice in choices if choice.kernel != "aten"}
         emit = _Emitter(graph, reorder_rope(graph, packed))
@@ -164,7 +167,8 @@ class _Emitter:
     ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         key = (operand.value, operand.spec, operand.scale, operand.zero_point)
         if key not in self._activations:
-            made = self._static if operand.scale is not None else self._dynamic
+            dynamic = operand.spec is not None and operand.spec.dynamic
+            made = self._static if operand.scale is not None and not dynamic else self._dynamic
             self._activations[key] = made(operand, before)
         return self._activations[key]
 
@@ -173,6 +177,8 @@ class _Emitter:
     ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         graph, spec = self._graph, operand.spec
         assert spec is not None
+        if operand.scale is not None:
+            return self._clipped(operand, before)
         per_tensor = spec.granularity.kind is GranularityKind.TENSOR
         if spec.symmetric:
             op, limit = QUANTIZE_ROWS.op, spec.qmax
@@ -185,6 +191,32 @@ class _Emitter:
         ]
         return parts[0], parts[1], None if spec.symmetric else parts[2]
 
+    def _clipped(
+        self, operand: Operand, before: fx.Node
+    ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        """A dynamic range times a clip ratio: the scale in aten, then codes for a known scale."""
+        spec, clip = operand.spec, operand.scale
+        assert spec is not None
+        assert clip is not None
+
+        def call(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            return self._graph.call(op, *args, before=before, **kwargs)
+
+        value, rank = operand.value, len(operand.value.meta["val"].shape)
+        wide = value
+        if value.meta["val"].dtype != torch.float64:
+            wide = call(_aten._to_copy.default, value, dtype=torch.float32)
+        scale, zero = dynamic_range(call, wide, spec, clip)
+        if spec.granularity.kind is GranularityKind.TENSOR:
+            scale = call(_aten.reshape.default, scale, [1] * rank)
+            zero = None if zero is None else call(_aten.reshape.default, zero, [1] * rank)
+        half = 0 if spec.symmetric else 2 ** (spec.dtype.bits - 1)
+        if zero is not None:
+            zero = call(_aten.sub.Tensor, zero, half)
+            zero = call(_aten._to_copy.default, zero, dtype=torch.int32)
+        args = (value, scale, zero, spec.qmin - half, spec.qmax - half)
+        return call(QUANTIZE_STATIC.op, *args), scale, zero
+
     def _static(self, operand: Operand, before: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         graph, spec = self._graph, operand.spec
         assert spec is not None
@@ -193,12 +225,31 @@ class _Emitter:
         zero = None
         if operand.zero_point is not None:
             moved = graph.evaluate(operand.zero_point) - half
-            owner = str(operand.scale.target).rpartition(".")[0]
+            owner = str(operand.zero_point.target).rpartition(".")[0]
             name = f"{parameter_prefix(owner)}.input_zero_point"
             zero = graph.set_param(name, moved.to(torch.int32))
         args = (operand.value, operand.scale, zero, spec.qmin - half, spec.qmax - half)
         codes = graph.call(QUANTIZE_STATIC.op, *args, before=before)
         return codes, operand.scale, zero
+
+
+def _settle(graph: Graph) -> None:
+    """What is free becomes plain, and what is computed from it a weight: nobody trains any more."""
+    trained = set(graph.free)
+    for name in sorted(trained):
+        graph.set_param(name, graph.param(name).detach())
+    reads: dict[fx.Node, bool] = {}  # constant expressions: do they read a trained parameter?
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            reads[node] = node.target in trained
+        elif node.op == "call_function" and node.target is not FAKE_QUANTIZE:
+            operands = node.all_input_nodes
+            if operands and all(operand in reads for operand in operands):
+                reads[node] = any(reads[operand] for operand in operands)
+    for index, (node, learned) in enumerate(reads.items()):
+        ends = any(user not in reads for user in node.users)
+        if learned and ends and node.op == "call_function":
+            graph.replace(node, graph.set_param(f"learned.value_{index}", graph.evaluate(node)))
 
 
 def _rotations(graph: Graph) -> None:
@@ -222,6 +273,8 @@ def _leftovers(graph: Graph) -> None:
             graph.module.graph.erase_node(node)
         elif node.target is FAKE_QUANTIZE:
             spell_fake_quantize(graph, node)
+        elif node.target is KRONECKER:
+            spell_kronecker(graph, node)
         else:
             raise LoweringError(f"no kernel computes {node.target} (%{node.name})")
 

@@ -31,7 +31,7 @@ from vdqc.base.ranges import clipped_range, percentile_range
 from vdqc.base.scheme import QuantSpec
 from vdqc.engine.calibrate import SiteStats, observe
 from vdqc.engine.pass_manager import Context, Pass, PassResult
-from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.graph import Graph, Stage, weight_source
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import Site, SiteKind
 
@@ -83,7 +83,7 @@ class Calibrate(Pass):
             stats = observe_open(graph, inputs, ctx)
             for quantiser, name in ctx.progress(list(inputs.items()), "ranges"):
                 chosen[name] = self.set_range(graph, quantiser, stats[name])
-        weights = [site for site in sites if self.weights and _is_quantiser(site.weight)]
+        weights = [site for site in sites if self.weights and has_fixed_scale(site, ctx)]
         for site in ctx.progress(weights, "weight ranges"):
             set_weight_range(graph, site.weight)
         facts: dict[str, Any] = {"method": str(self.method), "inputs": chosen}
@@ -122,7 +122,7 @@ def static_inputs(sites: Sequence[Site], ctx: Context) -> dict[fx.Node, str]:
     for site in sites:
         if not _is_quantiser(site.input):
             continue
-        if site.input.args[1] is None:
+        if QuantSpec.parse(str(site.input.args[3])).dynamic:
             dynamic += 1
         else:
             quantisers.setdefault(site.input, site.name)
@@ -149,6 +149,17 @@ def observe_open(
     )
 
 
+def has_fixed_scale(site: Site, ctx: Context) -> bool:
+    """True if the weight of ``site`` has a scale to set: one that is not being learned."""
+    if not _is_quantiser(site.weight):
+        return False
+    scale = site.weight.args[1]
+    if isinstance(scale, fx.Node) and scale.op == "get_attr":
+        return True
+    ctx.diagnostics.remark(site.name, "learned-range", "its weight range is learned: left as it is")
+    return False
+
+
 def set_weight_range(graph: Graph, quantiser: fx.Node) -> None:
     """Rebind one weight quantiser's scale to the clipping of least squared error."""
     spec = QuantSpec.parse(str(quantiser.args[3]))
@@ -165,5 +176,7 @@ def _is_quantiser(node: fx.Node) -> bool:
 def _rebind(graph: Graph, quantiser: fx.Node, scale: Tensor, zero_point: Tensor | None) -> None:
     for operand, value in ((quantiser.args[1], scale), (quantiser.args[2], zero_point)):
         if isinstance(operand, fx.Node) and value is not None:
-            name = str(operand.target)
+            source = weight_source(operand)  # behind a learned factor the scale itself is set
+            assert source is not None
+            name = str(source.target)
             graph.set_param(name, value, free=name in graph.free)

@@ -7,10 +7,16 @@
 
 Weight ranges are read off the weights (absmax, or the clipping of least squared error per scale);
 static activation ranges start from what the samples show and are refined by ``calibrate``; dynamic
-ones are found at run time and have no parameters.
+ones are found at run time. ``clip=learned`` multiplies each end of a range by a ratio in (0, 1) and
+``step=learned`` each step by a positive factor; both are free for ``distill``, and weight scales
+then are expressions of the weights, so that they follow learned transforms::
+
+    scale of w = max|w| · sigmoid(@w_clip) / qmax      one clip per scale
+    scale of x = sigmoid(@x_clip) of the range         one clip per quantiser
 
 Source: Jacob et al., arXiv 1712.05877, equation 1 (uniform quantisation); Banner et al., arXiv
-1810.05723, section 3 (clipping that minimises the squared error).
+1810.05723, section 3 (clipping that minimises the squared error); Shao et al., OmniQuant, arXiv
+2308.13137, equation 2 (learnable clipping); Esser et al., LSQ, arXiv 1902.08153 (learned step).
 Invariant: peers whose activations have one spec share one quantiser; every code fits its dtype, and
 no weight moves by more than half a step where its range is not clipped.
 Online: one quantisation of each group's input a call (fused with the GEMM's prologue at lowering).
@@ -33,10 +39,14 @@ from vdqc.base.ranges import clipped_range
 from vdqc.base.scheme import GranularityKind, QuantScheme, QuantSpec
 from vdqc.engine.calibrate import ActivationStats
 from vdqc.engine.pass_manager import Context, Pass, PassResult
+from vdqc.ir import learned
 from vdqc.ir.graph import Graph, Stage, source_line
+from vdqc.ir.learned import CLIP_START, learned_ratio, parameter_dtype
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.peers import feed, param_name, quantised_groups, wrap_weight
 from vdqc.ir.site import Site, SiteKind, set_note
+
+aten = torch.ops.aten
 
 
 class WeightRange(enum.StrEnum):
@@ -44,6 +54,32 @@ class WeightRange(enum.StrEnum):
 
     ABSMAX = "absmax"
     MSE = "mse"
+
+
+class Clip(enum.StrEnum):
+    """Which ranges have a clip ratio to learn."""
+
+    NONE = "none"
+    LEARNED = "learned"
+    WEIGHT = "weight"
+    INPUT = "input"
+
+    @property
+    def of_weight(self) -> bool:
+        """True if weights have one."""
+        return self in (Clip.LEARNED, Clip.WEIGHT)
+
+    @property
+    def of_input(self) -> bool:
+        """True if activations have one."""
+        return self in (Clip.LEARNED, Clip.INPUT)
+
+
+class Step(enum.StrEnum):
+    """Whether the steps of weights and static activations are learned."""
+
+    FIXED = "fixed"
+    LEARNED = "learned"
 
 
 @final
@@ -54,10 +90,15 @@ class Quant(Pass):
     Attributes:
         weight_range: ``absmax`` covers every weight; ``mse`` clips where that lowers the squared
             error of a row (or group).
+        clip: ``learned`` leaves a clip ratio of each range free, ``weight`` or ``input`` those of
+            one side; they start at sigmoid(4) = 0.982, or with ``mse`` where it would clip.
+        step: ``learned`` leaves a factor of each step of weights and static activations free.
         select: glob of sites; those it leaves out get the scheme ``none``.
     """
 
     weight_range: WeightRange = WeightRange.ABSMAX
+    clip: Clip = Clip.NONE
+    step: Step = Step.FIXED
     select: str = "*"
 
     name: ClassVar[str] = "quant"
@@ -76,9 +117,59 @@ class Quant(Pass):
                 warn_outliers(group, stats, ctx)
             for site in group:
                 if (spec := _scheme(site).weight) is not None:
-                    sites[site.name] = quantise_weight(graph, site, spec, self.weight_range)
-            quantise_inputs(graph, group, stats, ctx)
+                    sites[site.name] = self.quantise_weight(graph, site, spec)
+            self.quantise_inputs(graph, group, stats, ctx)
         return PassResult(sum(map(len, groups)), {"sites": sites, **totals(sites)})
+
+    def quantise_weight(self, graph: Graph, site: Site, spec: QuantSpec) -> dict[str, Any]:
+        """Wrap the weight of ``site``; returns the facts about it. Holds one weight at a time."""
+        width = site.weight.meta["val"].shape[-1]
+        if width % max(1, spec.granularity.size):
+            raise InputError(
+                f"groups of {spec.granularity.size} do not divide {width} input channels",
+                f"give it another scheme: {site.name}=<scheme>",
+                site=site.name,
+            )
+        clip, step = self.clip.of_weight, self.step is Step.LEARNED
+        if clip or step:
+            params = learned_weight_scale(graph, site, spec, self.weight_range, clip, step)
+        else:
+            params = fixed_weight_scale(graph, site, spec, self.weight_range)
+        facts = weight_facts(graph, site, spec, *params)
+        wrap_weight(graph, site, FAKE_QUANTIZE, *params, str(spec))
+        return facts
+
+    def quantise_inputs(
+        self, graph: Graph, group: Sequence[Site], stats: ActivationStats | None, ctx: Context
+    ) -> None:
+        """Wrap what ``group`` reads, once per spec."""
+        by_spec: dict[QuantSpec, list[Site]] = {}
+        for site in group:
+            if (spec := _scheme(site).input) is not None:
+                by_spec.setdefault(spec, []).append(site)
+        for spec, peers in by_spec.items():
+            scale = zero_point = None
+            if not spec.dynamic:
+                found = static_scale(peers, spec, stats, ctx)
+                scale, zero_point = _params(graph, peers[0], "input", *found)
+                scale = self.learned_static(graph, peers[0], scale)
+            elif self.clip.of_input:
+                scale = dynamic_clip(graph, peers[0], peers[0].input.meta["val"].dtype)
+            feed(graph, peers, FAKE_QUANTIZE, scale, zero_point, str(spec))
+
+    def learned_static(self, graph: Graph, site: Site, scale: fx.Node) -> fx.Node:
+        """A static scale times what is learned of it."""
+        before, dtype = site.node, scale.meta["val"].dtype
+        if self.clip.of_input:
+            scale = graph.call(
+                aten.mul.Tensor, scale, dynamic_clip(graph, site, dtype), before=before
+            )
+        if self.step is Step.LEARNED:
+            zero = torch.zeros((), dtype=dtype)
+            param = graph.set_param(param_name(site, "input_step"), zero, free=True)
+            factor = graph.call(aten.exp.default, param, before=before)
+            scale = graph.call(aten.mul.Tensor, scale, factor, before=before)
+        return scale
 
 
 def keep_others_in_float(graph: Graph, select: str) -> None:
@@ -102,32 +193,52 @@ def input_stats(
     return ctx.stats(graph) if ctx.samples and wanted else None
 
 
-def quantise_weight(
+def fixed_weight_scale(
     graph: Graph, site: Site, spec: QuantSpec, weight_range: WeightRange
-) -> dict[str, Any]:
-    """Wrap the weight of ``site``; returns the facts about it. Holds one weight at a time."""
-    weight = graph.evaluate(site.weight)
-    if weight.shape[-1] % max(1, spec.granularity.size):
-        raise InputError(
-            f"groups of {spec.granularity.size} do not divide {weight.shape[-1]} input channels",
-            f"give it another scheme: {site.name}=<scheme>",
-            site=site.name,
-        )
-    scale, zero_point = weight_scale(weight, spec, weight_range)
+) -> tuple[fx.Node, fx.Node | None]:
+    """Scale and zero point of the weight of ``site``, as parameters."""
+    scale, zero_point = weight_scale(graph.evaluate(site.weight), spec, weight_range)
     if _scheme(site).input is not None:  # both operands are codes: keep the sum over groups whole
         scale = numerics.whole_multiples(scale, spec)
-    quantised = numerics.fake_quantize(weight, scale, zero_point, spec)
-    stored = stored_bytes(weight, scale, zero_point, spec)
-    facts = {
-        "scheme": str(_scheme(site)),
-        "sqnr_db": round(numerics.sqnr_db(quantised, weight), 2),
-        "weights": weight.numel(),
-        "bytes": stored,
-        "bits_per_weight": round(8 * stored / weight.numel(), 3),
-    }
-    params = _params(graph, site, "weight", scale, zero_point)
-    wrap_weight(graph, site, FAKE_QUANTIZE, *params, str(spec))
-    return facts
+    return _params(graph, site, "weight", scale, zero_point)
+
+
+def learned_weight_scale(
+    graph: Graph, site: Site, spec: QuantSpec, weight_range: WeightRange, clip: bool, step: bool
+) -> tuple[fx.Node, fx.Node | None]:
+    """Scale and zero point of the weight of ``site``, as expressions of it and free parameters."""
+    low, high = clip_start(graph.evaluate(site.weight), spec, weight_range)
+    ratios: tuple[fx.Node | None, fx.Node | None] = (None, None)
+
+    def ratio(leaf: str, start: Tensor) -> fx.Node:
+        return learned_ratio(graph, param_name(site, leaf), start, site.node)
+
+    if clip and spec.symmetric:
+        ratios = (None, ratio("weight_clip", torch.minimum(low, high)))
+    elif clip:
+        ratios = (ratio("weight_clip_low", low), ratio("weight_clip_high", high))
+    factor = None
+    if step:
+        factor = graph.set_param(param_name(site, "weight_step"), torch.zeros_like(high), free=True)
+    whole = _scheme(site).input is not None
+    return learned.weight_scale(
+        graph, site.weight, spec, site.node, ratios=ratios, step=factor, whole=whole
+    )
+
+
+def clip_start(weight: Tensor, spec: QuantSpec, weight_range: WeightRange) -> tuple[Tensor, Tensor]:
+    """Logits of the clip ratios of float[N, K]'s low and high ends, shaped like its scale."""
+    low, high = numerics.value_range(weight, spec)
+    low, high = low.to(parameter_dtype(low.dtype)), high.to(parameter_dtype(high.dtype))
+    start = torch.full_like(high, CLIP_START)
+    if weight_range is WeightRange.ABSMAX:
+        return start, start.clone()
+    kept = clipped_range(weight, spec)
+    low, high = (
+        torch.where(full == 0, 1.0, end / full).logit().clamp(max=CLIP_START)
+        for full, end in ((low, kept[0]), (high, kept[1]))
+    )
+    return low, high
 
 
 def weight_scale(
@@ -139,6 +250,24 @@ def weight_scale(
     return numerics.scale_from_range(*numerics.value_range(weight, spec), spec)
 
 
+def weight_facts(
+    graph: Graph, site: Site, spec: QuantSpec, scale: fx.Node, zero_point: fx.Node | None
+) -> dict[str, Any]:
+    """Scheme, SQNR, bytes and bits of the weight that ``site`` reads, quantised so."""
+    weight, step = graph.evaluate(site.weight), graph.evaluate(scale)
+    zero = None if zero_point is None else graph.evaluate(zero_point)
+    stored = stored_bytes(weight, step, zero, spec)
+    return {
+        "scheme": str(_scheme(site)),
+        "sqnr_db": round(
+            numerics.sqnr_db(numerics.fake_quantize(weight, step, zero, spec), weight), 2
+        ),
+        "weights": weight.numel(),
+        "bytes": stored,
+        "bits_per_weight": round(8 * stored / weight.numel(), 3),
+    }
+
+
 def stored_bytes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> int:
     """Bytes of the packed codes, float32 scales and one byte a zero point."""
     rows, width = weight.shape
@@ -146,19 +275,10 @@ def stored_bytes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec:
     return rows * packed_bytes(spec.dtype.bits, width) + 4 * scale.numel() + zero_points
 
 
-def quantise_inputs(
-    graph: Graph, group: Sequence[Site], stats: ActivationStats | None, ctx: Context
-) -> None:
-    """Wrap what ``group`` reads, once per spec."""
-    by_spec: dict[QuantSpec, list[Site]] = {}
-    for site in group:
-        if (spec := _scheme(site).input) is not None:
-            by_spec.setdefault(spec, []).append(site)
-    for spec, peers in by_spec.items():
-        params: Sequence[fx.Node | None] = (None, None)
-        if not spec.dynamic:
-            params = _params(graph, peers[0], "input", *static_scale(peers, spec, stats, ctx))
-        feed(graph, peers, FAKE_QUANTIZE, *params, str(spec))
+def dynamic_clip(graph: Graph, site: Site, dtype: torch.dtype) -> fx.Node:
+    """The clip ratio of a dynamic quantiser in front of ``site``, from one free number."""
+    start = torch.tensor(CLIP_START, dtype=parameter_dtype(dtype))
+    return learned_ratio(graph, param_name(site, "input_clip"), start, site.node)
 
 
 def static_scale(

@@ -6,12 +6,15 @@
                           linear(y, aten.mul(@w, @smooth), b)
 
 (x·diag(s)⁻¹)·(W·diag(s))ᵀ = x·Wᵀ, with s_j = max|x_j|^alpha / max|W_j|^(1 - alpha) per input
-channel j, the maximum of the weights taken over all peers.
+channel j, the maximum of the weights taken over all peers. Behind ``rotate`` these are the rotated
+channels (dual smoothing); either order works. ``learn=true`` leaves log s free for ``distill``, and
+the graph computes e^-s and its inverse.
 
-Source: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4.
+Source: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4; Feng et al., QuantVGGT, arXiv
+2509.21302, section 3.2 (scale behind a rotation, learned).
 Invariant: the function of the graph is unchanged. Scales are positive and finite; a channel that is
 zero on either side keeps scale 1. In half precision they are powers of two, so that multiplying and
-dividing by them rounds nothing (within a factor sqrt(2) of equation 4).
+dividing by them rounds nothing (within a factor sqrt(2) of equation 4), unless they are learned.
 Online: one multiply per group, which ``fold`` removes where a norm, a modulation or a linear
 above can carry it, and which kernels fuse into the quantiser where none can.
 """
@@ -28,6 +31,7 @@ from torch import Tensor
 from vdqc.base.diagnostics import ConfigError
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.learned import cast, parameter_dtype
 from vdqc.ir.peers import feed, param_name, quantised_groups, wrap_weight
 from vdqc.ir.site import Site, note, set_note
 
@@ -42,10 +46,12 @@ class Smooth(Pass):
     Attributes:
         alpha: share of the spread that moves into the weights: 0 evens out the weights' columns
             alone, 1 the activations' channels alone.
+        learn: leave the scales free for ``distill``; they then stay one multiply at run time.
         select: glob of sites.
     """
 
     alpha: float = 0.5
+    learn: bool = False
     select: str = "*"
 
     name: ClassVar[str] = "smooth"
@@ -66,8 +72,11 @@ class Smooth(Pass):
             assert stats is not None
             absmax = stats.absmax(group)
             scale = smoothing_scale(absmax, _weight_absmax(graph, group), self.alpha)
-            scale = representable(scale, group[0].weight.meta["val"].dtype)
-            rewrite(graph, group, scale)
+            if self.learn:
+                rewrite_learned(graph, group, scale)
+            else:
+                scale = representable(scale, group[0].weight.meta["val"].dtype)
+                rewrite(graph, group, scale)
             spread[group[0].name] = [_spread(absmax), _spread(absmax / scale.cpu())]
         return PassResult(len(spread), {"spread": spread})
 
@@ -110,6 +119,27 @@ def rewrite(graph: Graph, group: Sequence[Site], scale: Tensor) -> None:
     feed(graph, group, aten.mul.Tensor, inverse)
     for site in group:
         wrap_weight(graph, site, aten.mul.Tensor, param)
+        set_note(site.node, smoothed=True)
+
+
+def rewrite_learned(graph: Graph, group: Sequence[Site], scale: Tensor) -> None:
+    """As ``rewrite``, by a free parameter that starts at log ``scale``.
+
+    The weights get the inverse of the factor that the activations get, as it was rounded.
+    """
+    first, dtype = group[0].node, group[0].weight.meta["val"].dtype
+    wide = parameter_dtype(dtype)
+    name = param_name(group[0], "smooth")
+    param = graph.set_param(name, scale.cpu().to(wide).log(), free=True)
+    negative = graph.call(aten.neg.default, param, before=first)
+    inverse = graph.call(aten.exp.default, negative, before=first)
+    inverse = cast(graph, inverse, dtype, first)
+    factor = cast(graph, inverse, wide, first)
+    factor = graph.call(aten.reciprocal.default, factor, before=first)
+    feed(graph, group, aten.mul.Tensor, inverse)
+    for site in group:
+        product = wrap_weight(graph, site, aten.mul.Tensor, factor)
+        graph.set_operand(site.node, 1, cast(graph, product, dtype, site.node))
         set_note(site.node, smoothed=True)
 
 
