@@ -4,7 +4,8 @@
 7-bit weights first, once per call. On a CPU both are ``torch._int_mm``. They are opaque to the
 compiler on purpose: Inductor, when it sees ``_int_mm`` under a scale, rewrites it into an oneDNN
 call that runs a reference loop on machines without AMX (measured 500 times slower), and it compiles
-the shifts of an unpack badly (measured 3 to 5 times slower than eager).
+the shifts of an unpack badly (measured 3 to 5 times slower than eager). On a GPU both are Triton
+kernels, which the linears do not call: there the arithmetic that follows is in the same kernel.
 
 Error: none while K <= 131072 (127 * 127 * K < 2^31).
 Source: oneDNN through torch; measured at the peak of AVX512-VNNI for M >= 1024.
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from vdqc.base.diagnostics import InputError
 from vdqc.base.packing import unpack
 from vdqc.kernels.base import define
 
@@ -37,6 +40,12 @@ def _int8_matmul_cpu(codes: Tensor, weight: Tensor) -> Tensor:
 
 def _fake_matmul(codes: Tensor, weight: Tensor) -> Tensor:
     return codes.new_empty(codes.shape[0], weight.shape[0], dtype=torch.int32)
+
+
+def _int8_matmul_cuda(codes: Tensor, weight: Tensor) -> Tensor:
+    from vdqc.kernels.gpu import gemm
+
+    return gemm.int8_matmul(codes, weight)
 
 
 def unpack_weight(packed: Tensor, bits: int, width: int, multiplier: Tensor | None) -> Tensor:
@@ -62,7 +71,13 @@ def _fake_packed(codes: Tensor, packed: Tensor, bits: int, multiplier: Tensor | 
     return _fake_matmul(codes, packed)
 
 
-INT8_MATMUL = define("int8_matmul", reference=int8_matmul, fake=_fake_matmul, cpu=_int8_matmul_cpu)
+INT8_MATMUL = define(
+    "int8_matmul",
+    reference=int8_matmul,
+    fake=_fake_matmul,
+    cpu=_int8_matmul_cpu,
+    cuda=_int8_matmul_cuda,
+)
 PACKED_MATMUL = define(
     "packed_matmul", reference=packed_matmul, fake=_fake_packed, cpu=_packed_matmul_cpu
 )
@@ -85,11 +100,13 @@ def corrected(
     zero_point: Tensor | None,
     weight_zero_point: Tensor | None,
     weight_sum: Tensor | None,
+    row_sum: Tensor | None = None,
 ) -> Tensor:
     """Sum over k of (a - za)(w - zw) from ``total`` = sum of a w, all in int32.
 
     codes i8[M, K], zero_point i32[M | 1, 1], weight_zero_point i32[N], weight_sum i32[N] (sum of w
-    over k). A sum that wraps on the way is right in the end, because the result fits (K <= MAX_K).
+    over k), row_sum i32[M, 1] (sum of a over k, computed if not given). A sum that wraps on the way
+    is right in the end, because the result fits (K <= MAX_K).
     """
     if zero_point is not None:
         assert weight_sum is not None
@@ -98,16 +115,38 @@ def corrected(
             shifted = weight_sum - codes.shape[-1] * weight_zero_point
         total = total - zero_point * shifted
     if weight_zero_point is not None:
-        total = total - codes.sum(-1, keepdim=True, dtype=torch.int32) * weight_zero_point
+        if row_sum is None:
+            row_sum = codes.sum(-1, keepdim=True, dtype=torch.int32)
+        total = total - row_sum * weight_zero_point
     return total
 
 
-def scaled(
-    total: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+def finished(
+    value: Tensor,
+    dtype: torch.dtype,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    """``total * scale * weight_scale + bias`` in the dtype of the scales, rounded to ``dtype``."""
-    value = total.to(scale.dtype) * scale * weight_scale
-    return (value if bias is None else value + bias).to(dtype)
+    """``residual + gate * act(value + down · upᵀ)`` in the dtype of ``value``, then ``dtype``.
+
+    ``activation`` is ``none`` or ``gelu_tanh``. ``gate[..., N]`` is broadcast over rows;
+    ``residual`` is shaped as the result; ``down[..., R]`` (the input through the first factor of a
+    low-rank branch) and ``up[N, R]`` have R = 1, 16 or 32 on a GPU.
+    """
+    if down is not None and up is not None:
+        value = value + down.to(value.dtype) @ up.to(value.dtype).T
+    if activation == "gelu_tanh":
+        value = functional.gelu(value, approximate="tanh")
+    elif activation != "none":
+        raise InputError(f"activation: expected none or gelu_tanh, got {activation}")
+    if gate is not None:
+        value = value * gate
+    if residual is not None:
+        value = value + residual
+    return value.to(dtype)
 
 
 def flat_rows(x: Tensor) -> Tensor:

@@ -5,10 +5,14 @@ Operands as ``int8_linear``, except
 ================== ======================= ===================================================
 packed             u8[N, ceil(bits K / 8)]  ``vdqc.base.packing``: parts split along K
 multiplier         i8[N, groups], None      whole-number scale of each group of K / groups columns
+code_bits          8 or 4                  4: codes are packed too, u8[..., K / 2], 8 divides K
 ================== ======================= ===================================================
 
 Group scales that are whole multiples of one scale per output channel (|code * multiplier| <= 127)
 stay in integers: the GEMM runs once over all of K. Other group scales go to ``group_linear``.
+
+Codes of A4 may come packed (``code_bits`` 4, the last argument; ``vdqc.base.packing`` with 4 bits).
+Hopper has no int4 multiply: there A4 halves what is read and written, not the time.
 
 Error: as ``int8_linear``; the integer part is exact.
 Source: Lin et al., QServe, arXiv 2405.04532, section 4.1 (progressive group scales).
@@ -16,52 +20,66 @@ Source: Lin et al., QServe, arXiv 2405.04532, section 4.1 (progressive group sca
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from vdqc.base.packing import packed_bytes
+from vdqc.base.diagnostics import InputError
+from vdqc.base.packing import packed_bytes, unpack
 from vdqc.base.target import Target
 from vdqc.kernels.base import Cost, LinearProblem, define
-from vdqc.kernels.integer import MAX_K, PACKED_MATMUL, corrected, flat_rows, packed_matmul, scaled
+from vdqc.kernels.integer import (
+    MAX_K,
+    PACKED_MATMUL,
+    corrected,
+    finished,
+    flat_rows,
+    packed_matmul,
+)
 
 
-def packed_linear(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    packed: Tensor,
-    bits: int,
-    multiplier: Tensor | None,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    weight_sum: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The truth: see the module's text."""
-    total = packed_matmul(flat_rows(codes), packed, bits, multiplier)
-    total = total.reshape(*codes.shape[:-1], packed.shape[0])
-    total = corrected(total, codes, zero_point, weight_zero_point, weight_sum)
-    return scaled(total, scale, weight_scale, bias, dtype)
+def _around(matmul: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The linear around the integer sums of ``matmul``."""
+
+    def packed_linear(
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        packed: Tensor,
+        bits: int,
+        multiplier: Tensor | None,
+        weight_scale: Tensor,
+        weight_zero_point: Tensor | None,
+        weight_sum: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        row_sum: Tensor | None = None,
+        activation: str = "none",
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        down: Tensor | None = None,
+        up: Tensor | None = None,
+        code_bits: int = 8,
+    ) -> Tensor:
+        if code_bits == 4:
+            wide = unpack(flat_rows(codes), 4, 2 * codes.shape[-1])
+            codes = wide.reshape(*codes.shape[:-1], wide.shape[-1])
+        elif code_bits != 8:
+            raise InputError(f"code_bits: expected 4 or 8, got {code_bits}")
+        total = matmul(flat_rows(codes), packed, bits, multiplier)
+        total = total.reshape(*codes.shape[:-1], packed.shape[0])
+        total = corrected(total, codes, zero_point, weight_zero_point, weight_sum, row_sum)
+        value = total.to(scale.dtype) * scale * weight_scale
+        value = value if bias is None else value + bias
+        return finished(value, dtype, activation, gate, residual, down, up)
+
+    return packed_linear
 
 
-def _spelled(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    packed: Tensor,
-    bits: int,
-    multiplier: Tensor | None,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    weight_sum: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    total = PACKED_MATMUL.op(flat_rows(codes), packed, bits, multiplier)
-    total = total.reshape(*codes.shape[:-1], packed.shape[0])
-    total = corrected(total, codes, zero_point, weight_zero_point, weight_sum)
-    return scaled(total, scale, weight_scale, bias, dtype)
+packed_linear = _around(packed_matmul)  #: the truth: see the module's text
+_spelled = _around(PACKED_MATMUL.op)
 
 
 def _fake(
@@ -76,6 +94,8 @@ def _fake(
     weight_sum: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
+    *fused: Any,
+    **named: Any,
 ) -> Tensor:
     return codes.new_empty([*codes.shape[:-1], packed.shape[0]], dtype=dtype)
 

@@ -1,5 +1,215 @@
-"""Integer GEMM on Triton (in the making)."""
+"""W8A8 on Triton: ``codes i8[M, K] x weight i8[N, K]^T``, int32 sums, any epilogue.
 
-from vdqc.kernels.gpu.variants import Variant
+``int8_matmul`` and ``int8_linear`` have the signatures of the ops. Every size is allowed: rows and
+columns beyond the edge are read at the last one and not written, columns of K beyond it are zeros.
 
-VARIANTS: list[Variant] = []
+Error: the integer part is exact while K <= 131072; see ``epilogue`` for the rest.
+Source: grouped tile order as in Triton's own tutorial on matrix multiplication; the rest is ours.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vdqc.kernels.gpu.epilogue import Epilogue, epilogue, tile_of, types, write_tile
+from vdqc.kernels.gpu.runtime import ARCHS, Config, arch_of, best_config, on_device, operand
+from vdqc.kernels.gpu.variants import INT8_MMA, Variant
+
+
+@triton.jit
+def int8_gemm(
+    a,
+    b,
+    out,
+    n_rows,
+    n_cols,
+    depth,
+    e,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SLICES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """One tile of the result; WHOLE: BLOCK_K divides K."""
+    row, col = tile_of(tl.program_id(0), n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP)
+    rows = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a += tl.minimum(rows, n_rows - 1).to(tl.int64)[:, None] * depth + k[None, :]
+    b += tl.minimum(cols, n_cols - 1).to(tl.int64)[None, :] * depth + k[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for start in range(0, depth, BLOCK_K):
+        if WHOLE:
+            left = tl.load(a)
+            right = tl.load(b)
+        else:
+            left = tl.load(a, mask=(start + k)[None, :] < depth, other=0)
+            right = tl.load(b, mask=(start + k)[:, None] < depth, other=0)
+        total = tl.dot(left, right, total, out_dtype=tl.int32)
+        a += BLOCK_K
+        b += BLOCK_K
+    write_tile(
+        total,
+        out,
+        row * BLOCK_M,
+        col * BLOCK_N,
+        n_rows,
+        n_cols,
+        depth,
+        e,
+        BLOCK_M,
+        BLOCK_N,
+        SLICES,
+        ACTIVATION,
+        RANK,
+    )
+
+
+def int8_matmul(codes: Tensor, weight: Tensor, config: Config | None = None) -> Tensor:
+    """``codes i8[M, K], weight i8[N, K] -> i32[M, N]``."""
+    codes = operand("codes", codes, torch.int8, (None, None))
+    weight = operand("weight", weight, torch.int8, (None, codes.shape[1]), codes.device)
+    out = torch.empty(codes.shape[0], weight.shape[0], dtype=torch.int32, device=codes.device)
+    _launch(codes, weight, out, Epilogue(), {"ACTIVATION": "none", "RANK": 1}, config)
+    return out
+
+
+def int8_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *fused: Any,
+    config: Config | None = None,
+    **named: Any,
+) -> Tensor:
+    """The op of that name; ``fused`` and ``named`` are its arguments from ``row_sum`` on."""
+    n, k = weight.shape
+    codes = operand("codes", codes, torch.int8, (*codes.shape[:-1], k))
+    weight = operand("weight", weight, torch.int8, None, codes.device)
+    end, constants = epilogue(
+        codes,
+        n,
+        scale,
+        zero_point,
+        weight_scale,
+        weight_zero_point,
+        weight_sum,
+        bias,
+        *fused,
+        **named,
+    )
+    out = torch.empty(*codes.shape[:-1], n, dtype=dtype, device=codes.device)
+    _launch(codes.reshape(-1, k), weight, out, end, constants, config)
+    return out
+
+
+def _launch(
+    codes: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    end: Epilogue,
+    constants: dict[str, Any],
+    config: Config | None,
+) -> None:
+    (m, k), n = codes.shape, weight.shape[0]
+    if m == 0 or n == 0:
+        return
+    if config is None:
+        config = best_config("int8_gemm", arch_of(codes.device), {"m": m, "n": n, "k": k})
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    with on_device(codes):
+        int8_gemm[(tiles,)](
+            codes,
+            weight,
+            out,
+            m,
+            n,
+            k,
+            end,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP=config.group_m,
+            WHOLE=k % config.block_k == 0,
+            SLICES=config.slices,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            enable_fp_fusion=True,
+            **constants,
+        )
+
+
+def _variant(
+    name: str,
+    config: Config,
+    archs: tuple[str, ...],
+    end: Epilogue,
+    rank: int = 1,
+    activation: str = "none",
+) -> Variant:
+    return Variant(
+        name=f"int8_gemm/{name}",
+        fn=int8_gemm,
+        signature={
+            "a": "*i8",
+            "b": "*i8",
+            "out": "*bf16" if end.scale else "*i32",
+            "n_rows": "i32",
+            "n_cols": "i32",
+            "depth": "i32",
+            "e": end,
+        },
+        constexprs={
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "GROUP": config.group_m,
+            "WHOLE": True,
+            "SLICES": config.slices,
+            "ACTIVATION": activation,
+            "RANK": rank,
+        },
+        options={"num_warps": config.warps, "num_stages": config.stages},
+        archs=archs,
+        expects=INT8_MMA if config.block_m >= 64 else {},
+        aligned=("n_cols", "depth"),
+    )
+
+
+#: What a model's linears use: all that can follow the sums.
+ENDS: Mapping[str, dict[str, Any]] = {
+    "plain": {"end": types(bias=True)},
+    "gelu": {"end": types(bias=True), "activation": "gelu_tanh"},
+    "zero": {
+        "end": types(
+            bias=True, zero_point=True, weight_sum=True, weight_zero_point=True, row_sum=True
+        )
+    },
+    "gated": {"end": types(bias=True, gate=True, gate_rows=True, residual=True)},
+    "rank1": {"end": types(bias=True, down=True, up=True), "rank": 1},
+    "rank32": {"end": types(bias=True, down=True, up=True), "rank": 32},
+}
+_WIDE = Config(128, 256, 128, 8, 3, slices=4)
+_SQUARE = Config(128, 128, 128, 8, 3, slices=2)
+_NOT_SM90 = tuple(arch for arch in ARCHS if arch != "sm90")
+VARIANTS = [
+    *(_variant(f"128x256-{name}", _WIDE, ("sm90",), **end) for name, end in ENDS.items()),
+    *(_variant(f"128x128-{name}", _SQUARE, _NOT_SM90, **end) for name, end in ENDS.items()),
+    _variant("128x128-sums", _SQUARE, ARCHS, Epilogue()),
+    _variant("16x128-plain", Config(16, 128, 128, 4, 3), ARCHS, types(bias=True)),
+    _variant("64x128-plain", Config(64, 128, 128, 4, 3), ARCHS, types(bias=True)),
+]

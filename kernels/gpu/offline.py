@@ -1,8 +1,8 @@
 """A kernel variant compiled for a GPU that is not there, and what its machine code says.
 
 ``compile_variant`` runs Triton's whole compiler and reads the cubin back with the ``cuobjdump``
-that Triton ships: registers, spills, shared memory, the opcode of the matrix multiply, and instructions
-per matrix multiply in the main loop (the innermost loop that holds one).
+that Triton ships: registers, spills, shared memory, the opcode of the matrix multiply, and
+instructions per matrix multiply in the main loop (the innermost loop that holds one).
 
 Error: warp-specialised kernels differ a little from compilation to compilation; their figures are
 metrics, not hashes.
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from vdqc.base.diagnostics import LoweringError
 from vdqc.base.target import TARGETS
@@ -55,33 +55,54 @@ def compile_variant(variant: Variant, arch: str) -> Figures:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    fn = variant.fn
-    if not hasattr(fn, "cache_key"):
+    if not hasattr(variant.fn, "cache_key"):
         raise LoweringError(
             f"{variant.name}: the kernel was decorated for the interpreter",
             "unset TRITON_INTERPRET",
         )
-    names = list(fn.arg_names)
+    source = ASTSource(variant.fn, *_arguments(variant))
+    target = GPUTarget("cuda", int(arch[2:]), 32)
+    try:
+        compiled = triton.compile(
+            source, target=target, options={"enable_fp_fusion": True} | dict(variant.options)
+        )
+    except Exception as error:
+        raise LoweringError(
+            f"{variant.name} does not compile for {arch}: {_in_one_line(error)}"
+        ) from error
+    return read_cubin(compiled.asm["cubin"], int(compiled.metadata.shared))
+
+
+def _arguments(variant: Variant) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and alignments as ``ASTSource`` wants them, members of tuples included."""
+    names = list(variant.fn.arg_names)
     unknown = {*variant.signature, *variant.constexprs} ^ set(names)
     if unknown:
         raise LoweringError(f"{variant.name}: no such argument, or no type for: {sorted(unknown)}")
-    source = ASTSource(
-        fn,
-        {name: variant.signature.get(name, "constexpr") for name in names},
-        {(names.index(name),): value for name, value in variant.constexprs.items()},
-        {
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name, kind in variant.signature.items()
-            if kind.startswith("*") or name in variant.aligned
-        },
-    )
-    target = GPUTarget("cuda", int(arch[2:]), 32)
-    try:
-        compiled = triton.compile(source, target=target, options=dict(variant.options))
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoweringError(f"{variant.name} does not compile for {arch}: {first}") from error
-    return read_cubin(compiled.asm["cubin"], int(compiled.metadata.shared))
+    types: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    aligned: dict[Any, Any] = {}
+    for index, name in enumerate(names):
+        kind = variant.signature.get(name, "constexpr")
+        types[name] = kind
+        if name in variant.constexprs:
+            constants[(index,)] = variant.constexprs[name]
+        elif isinstance(kind, tuple):
+            members = [member if isinstance(member, str) else "constexpr" for member in kind]
+            types[name] = type(kind)(*members)
+            constants |= {(index, i): v for i, v in enumerate(kind) if not isinstance(v, str)}
+            places = [(index, i) for i, member in enumerate(members) if member.startswith("*")]
+            aligned |= {place: [["tt.divisibility", 16]] for place in places}
+        elif kind.startswith("*") or name in variant.aligned:
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    return types, constants, aligned
+
+
+def _in_one_line(error: BaseException) -> str:
+    """The innermost cause: Triton wraps it once for every call on the way."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def read_cubin(cubin: bytes, shared: int) -> Figures:

@@ -45,6 +45,7 @@ class Config:
     Attributes:
         variant: which of the op's kernels (``plain``, ``ws``, ``swap`` ...).
         group_m: rows of tiles that share their weight tiles in L2.
+        slices: runs of columns (1, 2 or 4) in which a tile is finished and written.
     """
 
     block_m: int = 128
@@ -53,6 +54,7 @@ class Config:
     warps: int = 4
     stages: int = 3
     group_m: int = 8
+    slices: int = 1
     variant: str = "plain"
 
 

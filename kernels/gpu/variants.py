@@ -23,7 +23,8 @@ class Variant:
         name: ``<op>/<what is special>``, unique.
         fn: the ``@triton.jit`` function.
         signature: argument to type (``*i8``, ``*bf16``, ``i32``, ``fp32``,
-            ``tensordesc<i8[128, 128]>``); what is missing here is in ``constexprs``.
+            ``tensordesc<i8[128, 128]>``, a NamedTuple of such words, None and numbers); what is
+            missing here is in ``constexprs``.
         constexprs: argument to value; also arguments that are None.
         options: ``num_warps`` and ``num_stages``.
         archs: generations to compile for.
@@ -34,7 +35,7 @@ class Variant:
 
     name: str
     fn: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constexprs: Mapping[str, Any]
     options: Mapping[str, int] = field(default_factory=lambda: {"num_warps": 4, "num_stages": 3})
     archs: tuple[str, ...] = ARCHS

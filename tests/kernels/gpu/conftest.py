@@ -7,6 +7,7 @@ function), and loop bounds under Triton 3.6 with numpy 2.4.
 """
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,9 +49,11 @@ def _install_shim() -> None:
         handle = interpreter.TensorHandle(found, tl.int8)
         return type("Results", (), {"get_result": lambda self, index: handle})()
 
-    def patch(tensor: Any) -> None:
-        plain_patch(tensor)
-        tensor.__index__ = tensor.__int__ = lambda self: int(self.handle.data.item())
+    def patch(tensor: Any, *scope: Any) -> None:
+        plain_patch(tensor, *scope)
+        for name in ("__index__", "__int__"):
+            assign = scope[0].set_attr if scope else setattr
+            assign(tensor, name, lambda self: int(self.handle.data.item()))
 
     builder.create_dot = create_dot
     builder.create_inline_asm = create_inline_asm
@@ -72,6 +75,15 @@ def _decorate_for_the_interpreter() -> None:
 if DEVICE == "cpu":
     _install_shim()
     _decorate_for_the_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def _ieee() -> Iterator[None]:
+    """Infinities and NaNs are results here: numpy, which is the interpreter, need not warn."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture
