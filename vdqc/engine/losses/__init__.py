@@ -36,6 +36,11 @@ from vdqc.engine.recipe import convert
 #: Term name to ``module:Class``; loaded when asked for.
 LOSSES: Mapping[str, str] = {
     "block": "vdqc.engine.losses.block:BlockError",
+    "msad": "vdqc.engine.losses.attention:AttentionDistillation",
+    "std": "vdqc.engine.losses.tokens:TokenDistillation",
+    "tmd": "vdqc.engine.losses.relation:FrameRelation",
+    "trd": "vdqc.engine.losses.smoothed:SmoothedRelation",
+    "mtrd": "vdqc.engine.losses.memory:MemoryRelation",
 }
 
 #: A number, or ``auto``: as large as the first term at the first call.
@@ -188,12 +193,14 @@ def total(terms: Terms, ctx: LossContext) -> tuple[Tensor, dict[str, float]]:
     return loss, parts
 
 
-def auto_weight(term: LossTerm, ctx: LossContext, size: float, reference: float) -> float:
+def auto_weight(
+    term: LossTerm, ctx: LossContext, size: float, reference: float, part: str = ""
+) -> float:
     """What makes the first ``size`` of ``term`` that is not zero as large as ``reference``.
 
     Kept in the block's state from then on; 1 until both are above zero.
     """
-    key = term.key(ctx, "auto")
+    key = term.key(ctx, "auto", part)
     if key not in ctx.state:
         if not (abs(size) > 0 and reference > 0):
             return 1.0
@@ -271,7 +278,8 @@ def make_term(name: str, options: str = "") -> LossTerm:
 
 def loss_text(terms: Terms) -> str:
     """The text that ``parse`` reads back."""
-    return "+".join(f"{'' if weight == 1 else f'{weight}*'}{term}" for weight, term in terms)
+    texts = [(str(weight).removesuffix(".0"), term) for weight, term in terms]
+    return "+".join(f"{term}" if weight == "1" else f"{weight}*{term}" for weight, term in texts)
 
 
 def _weight(text: str) -> Weight:

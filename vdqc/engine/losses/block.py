@@ -13,13 +13,15 @@ of QuantVGGT, arXiv 2509.21302, and of QuantSparse, arXiv 2509.23681.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 from torch import Tensor
 
 from vdqc.engine.losses import LossContext, LossTerm
-from vdqc.engine.losses.reduction import Reduction, divisor, widened
+from vdqc.engine.losses.layout import pixel_count
+from vdqc.engine.losses.reduction import Reduction, widened
 
 
 @final
@@ -36,11 +38,21 @@ class BlockError(LossTerm):
         return output_error(ctx, self.reduction)
 
 
-def output_error(ctx: LossContext, reduction: Reduction = Reduction.MEAN) -> Tensor:
-    """Squared error over all outputs of the block."""
+def output_error(
+    ctx: LossContext, reduction: Reduction = Reduction.MEAN, weights: Sequence[Tensor] = ()
+) -> Tensor:
+    """Squared error over all outputs of the block, each times its ``weights`` if there are any."""
     pairs = [(ctx.fp_out, ctx.q_out), *zip(ctx.fp_rest, ctx.q_rest, strict=True)]
-    error = [(widened(q) - widened(fp)).square().sum() for fp, q in pairs]
-    whole = sum(error[1:], error[0])
+    errors = [(widened(q) - widened(fp)).square() for fp, q in pairs]
+    if weights:
+        errors = [error * weight for error, weight in zip(errors, weights, strict=True)]
+    sums = [error.sum() for error in errors]
+    whole = sum(sums[1:], sums[0])
     if reduction is Reduction.SUM:
         return whole
-    return whole / sum(divisor(fp.shape, reduction) for fp, _ in pairs)
+    return whole / sum(rows(out, reduction) for out, _ in pairs)
+
+
+def rows(out: Tensor, reduction: Reduction) -> int:
+    """What the sum over ``out`` is divided by: its elements, or its tokens."""
+    return out.numel() if reduction is Reduction.MEAN else out.shape[0] * pixel_count(out)
