@@ -10,7 +10,11 @@ quantize_static     ``x[..., K], scale, zero_point -> codes i8[..., K]``
 Unsigned codes 0 ... 2^b - 1 are kept as signed ones, code - 2^(b-1), with the zero point moved
 along, so that one signed GEMM serves both. Scales are float32 (float64 for a float64 input).
 
-Error: none; the codes equal those of ``vdqc::fake_quantize``.
+A row that holds a NaN or an infinity has a scale that is one, codes 0 and zero point 0: what a
+linear makes of it is NaN, as in float. ``quantize_static`` has no such channel: a NaN there becomes
+the code of 0, an infinity the end of the range.
+
+Error: none; the codes equal those of ``vdqc::fake_quantize``, on every target.
 Source: dynamic per-token scales: Yao et al., ZeroQuant, arXiv 2206.01861, section 3.1.
 """
 
@@ -34,8 +38,16 @@ def quantize_rows(x: Tensor, qmax: int, per_tensor: bool) -> tuple[Tensor, Tenso
     scale = (top / qmax).clamp_min(MIN_SCALE)
     if per_tensor:
         scale = scale.reshape([1] * x.ndim)
-    codes = (wide / scale).round().clamp(-qmax, qmax).to(torch.int8)
-    return codes, scale
+    codes = (wide / scale).round().clamp(-qmax, qmax)
+    return torch.where(scale.isfinite(), codes, 0.0).to(torch.int8), scale
+
+
+def _symmetric_cuda(x: Tensor, qmax: int, per_tensor: bool) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.float64:
+        return quantize_rows(x, qmax, per_tensor)
+    from vdqc.kernels.gpu.quantize import symmetric
+
+    return symmetric(x, qmax, per_tensor)
 
 
 def _fake_rows(x: Tensor, qmax: int, per_tensor: bool) -> tuple[Tensor, Tensor]:
@@ -44,7 +56,7 @@ def _fake_rows(x: Tensor, qmax: int, per_tensor: bool) -> tuple[Tensor, Tensor]:
 
 def quantize_rows_asym(x: Tensor, bits: int, per_tensor: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Asymmetric over [min(x, 0), max(x, 0)]; codes and zero point are shifted by -2^(bits - 1)."""
-    wide, qmax = _wide(x), 2**bits - 1
+    wide, qmax, half = _wide(x), 2**bits - 1, 2 ** (bits - 1)
     if per_tensor:
         low = wide.amin().reshape([1] * x.ndim).clamp_max(0)
         high = wide.amax().reshape([1] * x.ndim).clamp_min(0)
@@ -53,8 +65,18 @@ def quantize_rows_asym(x: Tensor, bits: int, per_tensor: bool) -> tuple[Tensor, 
         high = wide.amax(-1, keepdim=True).clamp_min(0)
     scale = ((high - low) / qmax).clamp_min(MIN_SCALE)
     zero_point = (-low / scale).round().clamp(0, qmax)
-    codes = ((wide / scale).round() + zero_point).clamp(0, qmax) - 2 ** (bits - 1)
-    return codes.to(torch.int8), scale, (zero_point - 2 ** (bits - 1)).to(torch.int32)
+    codes = ((wide / scale).round() + zero_point).clamp(0, qmax) - half
+    finite = scale.isfinite()
+    codes = torch.where(finite, codes, 0.0).to(torch.int8)
+    return codes, scale, torch.where(finite, zero_point - half, 0.0).to(torch.int32)
+
+
+def _asymmetric_cuda(x: Tensor, bits: int, per_tensor: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dtype == torch.float64:
+        return quantize_rows_asym(x, bits, per_tensor)
+    from vdqc.kernels.gpu.quantize import asymmetric
+
+    return asymmetric(x, bits, per_tensor)
 
 
 def _fake_rows_asym(x: Tensor, bits: int, per_tensor: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,9 +89,20 @@ def quantize_static(
 ) -> Tensor:
     """Codes for a known scale; ``zero_point`` (i32) and the code range are already shifted."""
     codes = (x.to(scale.dtype) / scale).round()
+    codes = torch.where(codes.isnan(), 0.0, codes)
     if zero_point is not None:
         codes = codes + zero_point
     return codes.clamp(qmin, qmax).to(torch.int8)
+
+
+def _static_cuda(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+) -> Tensor:
+    from vdqc.kernels.gpu.quantize import per_row, static
+
+    if scale.dtype != torch.float32 or not per_row(x, scale):
+        return quantize_static(x, scale, zero_point, qmin, qmax)
+    return static(x, scale, zero_point, qmin, qmax)
 
 
 def _fake_static(
@@ -91,17 +124,20 @@ QUANTIZE_ROWS = define(
     "quantize_rows",
     reference=quantize_rows,
     fake=_fake_rows,
+    cuda=_symmetric_cuda,
     spelled={"cpu": quantize_rows},
 )
 QUANTIZE_ROWS_ASYM = define(
     "quantize_rows_asym",
     reference=quantize_rows_asym,
     fake=_fake_rows_asym,
+    cuda=_asymmetric_cuda,
     spelled={"cpu": quantize_rows_asym},
 )
 QUANTIZE_STATIC = define(
     "quantize_static",
     reference=quantize_static,
     fake=_fake_static,
+    cuda=_static_cuda,
     spelled={"cpu": quantize_static},
 )

@@ -3,9 +3,11 @@
 ``x float[..., K], signs f32[K] -> float[..., K]``; H is block diagonal of order ``block``, or one
 Kronecker product (``vdqc.base.hadamard``). On a CPU it is one or two small matmuls in the dtype of
 x: entries of +1 and -1 are exact in every float format and block^-0.5 is multiplied in afterwards,
-in float32.
+in float32. On a GPU a row (or a block, of a Kronecker product) is rotated in registers; orders that
+no kernel takes run as the reference.
 
-Error: bfloat16: one rounding of each partial result (relative 2^-9); else as ``vdqc::rotate``.
+Error: bfloat16 on a CPU: one rounding of each partial result (relative 2^-9); on a GPU values are
+two bfloat16 summands (2^-17; three for float32), rounded once; else as ``vdqc::rotate``.
 Source: Ashkboos et al., QuaRot, arXiv 2404.00456, section 4.
 """
 
@@ -42,4 +44,11 @@ def rotated(x: Tensor, signs: Tensor, left: Tensor | None, right: Tensor, invers
     return (value * signs if inverse else value).to(x.dtype)
 
 
-ROTATION = define("rotation", reference=rotation, fake=_fake)
+def _cuda(x: Tensor, signs: Tensor, block: int, inverse: bool) -> Tensor:
+    from vdqc.kernels.gpu.quantize import rotate
+
+    found = rotate(x, signs, block, inverse)
+    return rotation(x, signs, block, inverse) if found is None else found
+
+
+ROTATION = define("rotation", reference=rotation, fake=_fake, cuda=_cuda)

@@ -1,9 +1,10 @@
 """Kernels run in Triton's interpreter, on CPU tensors, wherever there is no GPU.
 
 ``TRITON_INTERPRET`` counts when a function is decorated, so it is set before a kernel is imported.
-The shim below makes three things right that the interpreter does not do: a ``tl.dot`` of bfloat16
-(silently wrong: it multiplies bit patterns), inline assembly (registered per text with a numpy
-function), and loop bounds under Triton 3.6 with numpy 2.4.
+The shim below makes right what the interpreter does not do: a ``tl.dot`` of bfloat16 (silently
+wrong: it multiplies bit patterns), rounding to bfloat16 (it cuts off), ``tl.fma`` (up to Triton 3.6
+it rounds twice), inline assembly (registered per text with a numpy function), and loop bounds under
+Triton 3.6 with numpy 2.4.
 """
 
 import os
@@ -31,6 +32,7 @@ def _install_shim() -> None:
         return
     builder.vdqc_shim = True
     plain_dot, plain_patch = builder.create_dot, interpreter._patch_lang_tensor
+    plain_cast = builder.cast_impl
 
     def as_float(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
@@ -55,6 +57,23 @@ def _install_shim() -> None:
             assign = scope[0].set_attr if scope else setattr
             assign(tensor, name, lambda self: int(self.handle.data.item()))
 
+    def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return plain_cast(self, source, dtype)
+        bits = np.ascontiguousarray(source.data).view(np.uint32)
+        rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        quiet = ((bits >> 16) | 0x40).astype(np.uint16)
+        return interpreter.TensorHandle(
+            np.where(np.isnan(source.data), quiet, rounded), dtype.scalar
+        )
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        value = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(value.astype(z.data.dtype), z.dtype.scalar)
+
+    builder.cast_impl = cast_impl
+    if not hasattr(interpreter._interpreter, "fma_fp32"):
+        builder.create_fma = create_fma
     builder.create_dot = create_dot
     builder.create_inline_asm = create_inline_asm
     interpreter._patch_lang_tensor = patch

@@ -1,0 +1,221 @@
+"""Fused activation quantiser that holds a whole row in registers: read once, written once.
+
+A row of K columns is a block of A x B values, column = block * B + place, so that a rotation of
+order B is one small matrix product and a Kronecker rotation is two. Without a rotation the block is
+a vector. Packed codes hold columns j and j + K/2 in one byte: the second half of the row is then
+the lower half of the block.
+
+Error: codes equal those of the reference wherever the values before them do; see ``steps``.
+Source: QuaRot (arXiv 2404.00456, section 4) for what is fused; the form is ours.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vdqc.base import hadamard
+from vdqc.kernels.gpu.device import (
+    asymmetric_codes,
+    asymmetric_scale,
+    exact_dot,
+    magnitude,
+    ordered,
+    symmetric_codes,
+    symmetric_scale,
+)
+from vdqc.kernels.gpu.operands import Form, Quantised, allocate, arguments, hadamard_matrix
+from vdqc.kernels.gpu.runtime import on_device
+from vdqc.kernels.gpu.steps import activate, affine, deviation, nibbles, residual
+from vdqc.kernels.prologue import Prologue
+
+#: Longest row that is held in registers.
+ROW_LIMIT = 16384
+#: Greatest order of one Hadamard factor: 32 KiB as bfloat16.
+ORDER_LIMIT = 128
+
+
+@triton.jit
+def _row(  # noqa: C901 - decided at compilation
+    x, y, gate, stream, weight, bias, scale, shift, smooth, signs, left, right,
+    out, codes, scales, zeros, sums,
+    rows, width, part, sign_rows,
+    gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
+    eps, root,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr, SIGNS_LAST: tl.constexpr,
+    QMAX: tl.constexpr, BITS: tl.constexpr, PACKED: tl.constexpr, TERMS: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    SPLIT: tl.constexpr = 2 if PACKED else 1
+    HALF: tl.constexpr = A // SPLIT
+    block = tl.arange(0, A)
+    place = tl.arange(0, B)
+    inner = (block % HALF)[:, None] * ORDER + place[None, :]
+    known = inner < part
+    if ORDER != B:
+        known = known & (place < ORDER)[None, :]
+    column = inner + (block // HALF)[:, None] * part
+    if right is not None:
+        fits = (place < ORDER)[:, None] & (place < ORDER)[None, :]
+        right_matrix = tl.load(
+            right + place[:, None] * ORDER + place[None, :], mask=fits, other=0.0
+        )
+    if left is not None:
+        count = width // ORDER
+        factor = (block % HALF) + (block // HALF) * (part // ORDER)
+        alive = (block % HALF) * ORDER < part
+        # rows of this matrix are its columns in memory: it is transposed as it is loaded
+        left_at = factor[None, :] * count + factor[:, None]
+        left_matrix = tl.load(left + left_at, mask=alive[None, :] & alive[:, None], other=0.0)
+
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        at = row * width + column
+        gate_at = (row // gate_every) * gate_stride + column
+        value = residual(x, y, gate, at, gate_at, known)
+        if stream is not None:
+            tl.store(stream + at, value.to(stream.dtype.element_ty), mask=known)
+        if NORM == "layer":
+            value = tl.where(known, value - tl.div_rn(tl.sum(value), width * 1.0), 0.0)
+        if NORM != "none":
+            value = value * deviation(tl.sum(value * value), width, eps)
+        scale_at = (row // scale_every) * scale_stride + column
+        shift_at = (row // shift_every) * shift_stride + column
+        sign_at = (row % sign_rows) * width + column
+        first_signs = None if SIGNS_LAST else signs
+        value = affine(value, weight, bias, scale, shift, column, scale_at, shift_at, known, known)
+        value = activate(value, smooth, first_signs, column, sign_at, known, known, ACTIVATION)
+        if right is not None:
+            value = exact_dot(value, right_matrix, TERMS)
+        if left is not None:
+            value = tl.trans(exact_dot(tl.trans(value), tl.trans(left_matrix), TERMS))
+        if right is not None:
+            value = value * root
+        if out is not None:
+            if SIGNS_LAST:
+                value = value * tl.load(signs + sign_at, mask=known, other=0.0).to(tl.float32)
+            tl.store(out + at, value.to(out.dtype.element_ty), mask=known)
+        else:
+            if zeros is not None:
+                low, high = tl.min(ordered(value)), tl.max(ordered(value))
+                step, inverse, finite, zero = asymmetric_scale(low, high, BITS)
+                code = asymmetric_codes(value, step, inverse, finite, zero, BITS)
+                tl.store(zeros + row, tl.where(finite, zero - 2 ** (BITS - 1), 0))
+            else:
+                step, inverse, finite = symmetric_scale(tl.max(magnitude(value)), QMAX)
+                code = symmetric_codes(value, step, inverse, finite)
+            tl.store(scales + row, step)
+            if sums is not None:
+                tl.store(sums + row, tl.sum(tl.where(known, code, 0)))
+            if PACKED:
+                half_inner = tl.arange(0, HALF)[:, None] * ORDER + place[None, :]
+                half_known = half_inner < part
+                if ORDER != B:
+                    half_known = half_known & (place < ORDER)[None, :]
+                half_at = row * part + half_inner
+                tl.store(codes + half_at, nibbles(code, HALF, B), mask=half_known)
+            else:
+                tl.store(codes + at, code.to(tl.int8), mask=known)
+
+
+def takes_row(width: int, steps: Prologue, packed: bool = False) -> bool:
+    """True if a row fits in registers and its rotation is one or two small products."""
+    if not steps.block:
+        return width <= ROW_LIMIT
+    pair = hadamard.factors(steps.block) if width % steps.block == 0 else None
+    if pair is None or max(pair) > ORDER_LIMIT or (pair[0] > 1 and steps.block != width):
+        return False
+    a, b = _block(width, pair[1], packed)
+    return a * b <= ROW_LIMIT
+
+
+def _block(width: int, order: int, packed: bool) -> tuple[int, int]:
+    """(A, B): blocks in a row and places in a block, as powers of two that a product can take."""
+    split = 2 if packed else 1
+    blocks = split * triton.next_power_of_2(width // split // order)
+    return max(16, blocks), max(16, triton.next_power_of_2(order))
+
+
+def launch_row(
+    x: Tensor,
+    steps: Prologue,
+    form: Form,
+    y: Tensor | None,
+    gate: Tensor | None,
+    out: Tensor | None = None,
+    inverse: bool = False,
+) -> Quantised:
+    """The codes; with ``out`` the values in its dtype instead, and empty codes."""
+    width, split = x.shape[-1], 2 if form.packed else 1
+    left = right = None
+    if steps.block:
+        pair = hadamard.factors(steps.block)
+        assert pair is not None
+        order = pair[1]
+        a, b = _block(width, order, form.packed)
+        right = hadamard_matrix(order, x.device, inverse)
+        left = hadamard_matrix(pair[0], x.device, inverse) if pair[0] > 1 else None
+    else:
+        a, order = split, triton.next_power_of_2(width // split)
+        b = order
+    given = arguments(x, steps, y, gate)
+    signs = given["signs"]
+    result = allocate(x if out is None else x[:0], form, False)
+    stream = None if y is None else torch.empty_like(x)
+    if given["rows"]:
+        with on_device(x):
+            _row[(_programs(x, given["rows"], right is not None),)](
+                **given,
+                stream=stream,
+                left=left,
+                right=right,
+                out=out,
+                codes=result.codes,
+                scales=result.scale,
+                zeros=result.zero,
+                sums=result.sums,
+                part=width // split,
+                sign_rows=1 if signs is None else signs.numel() // width,
+                root=float(steps.block or 1) ** -0.5,
+                SIGNS_LAST=inverse,
+                QMAX=form.qmax,
+                BITS=form.bits,
+                PACKED=form.packed,
+                TERMS=_terms(x, steps, out),
+                A=a,
+                B=b,
+                ORDER=order,
+                num_warps=warps(a * b),
+                enable_fp_fusion=False,
+            )
+    return replace(result, stream=stream)
+
+
+def _terms(x: Tensor, steps: Prologue, out: Tensor | None) -> int:
+    """bfloat16 summands that hold the values before a rotation well enough."""
+    if out is not None and out.dtype == torch.float32:
+        return 3
+    plain = steps.norm == "none" and steps.activation == "none" and steps.smooth is None
+    unmoved = plain and all(
+        value is None
+        for value in (steps.norm_weight, steps.norm_bias, steps.mod_scale, steps.mod_shift)
+    )
+    pair = hadamard.factors(steps.block) if steps.block else None
+    single = pair is not None and pair[0] == 1
+    return 1 if unmoved and single and x.dtype == torch.bfloat16 else 2
+
+
+def warps(values: int) -> int:
+    """Warps for a block: 16 values a thread up to 4096 values, then more, at most 16 warps."""
+    return min(16, max(1, values // 512)) if values <= 4096 else max(8, values // 1024)
+
+
+def _programs(x: Tensor, rows: int, matrices: bool) -> int:
+    """A program a row; where each first loads matrices, only as many as run at once."""
+    if not matrices:
+        return rows
+    if not x.is_cuda:
+        return min(rows, 3)
+    return min(rows, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count)

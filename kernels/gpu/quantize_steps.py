@@ -1,0 +1,247 @@
+"""Fused activation quantisers that walk along rows in steps: any length, with a low-rank branch.
+
+A program takes some rows and walks along them two or three times: for the norm, for the range of
+the values (and their product with the down-projection, on the same block), for the codes. Only the
+first walk reads main memory, as long as the rows that are being worked on fit the L2 cache.
+
+Means and squares of a layer norm are merged step by step; no difference of large sums is taken.
+
+Error: codes equal those of the reference wherever the values before them do; see ``steps``. The
+down-projection multiplies in the dtype of ``down``.
+Source: Li et al., SVDQuant, arXiv 2411.05007, section 4.2 (the branch shares the load); Chan et
+al., "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vdqc.base import hadamard
+from vdqc.kernels.gpu.device import (
+    asymmetric_codes,
+    asymmetric_scale,
+    exact_dot,
+    magnitude,
+    ordered,
+    symmetric_codes,
+    symmetric_scale,
+)
+from vdqc.kernels.gpu.operands import (
+    FLOATS,
+    Form,
+    Quantised,
+    allocate,
+    arguments,
+    hadamard_matrix,
+)
+from vdqc.kernels.gpu.runtime import on_device, operand
+from vdqc.kernels.gpu.steps import activate, affine, deviation, residual
+from vdqc.kernels.prologue import Prologue
+
+#: Greatest order of a Hadamard block, and of a step with a product in it.
+ORDER_LIMIT = 128
+#: Greatest rank of the low-rank branch.
+RANK_LIMIT = 32
+
+
+@triton.jit
+def _values(
+    x, y, gate, weight, bias, scale, shift, smooth, signs, matrix,
+    mean, rstd, start, limit, row, live, width, order, root,
+    gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr, TERMS: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """(values before the quantiser, offsets, mask) of columns ``start`` ... of some rows."""
+    place = tl.arange(0, B)[None, :]
+    column = start + place
+    known = (place < order) & (column < limit)
+    real = live & known
+    at = row * width + column
+    value = residual(x, y, gate, at, (row // gate_every) * gate_stride + column, real)
+    if NORM == "layer":
+        value = value - mean
+    if NORM != "none":
+        value = value * rstd
+    scale_at = (row // scale_every) * scale_stride + column
+    shift_at = (row // shift_every) * shift_stride + column
+    value = affine(value, weight, bias, scale, shift, column, scale_at, shift_at, known, real)
+    value = activate(value, smooth, signs, column, column, known, real, ACTIVATION)
+    if matrix is not None:
+        value = exact_dot(value, matrix, TERMS) * root
+    return value, at, real
+
+
+@triton.jit
+def _steps(  # noqa: C901 - decided at compilation
+    x, y, gate, stream, weight, bias, scale, shift, smooth, signs, right, down,
+    codes, scales, zeros, sums, low,
+    rows, width, part, rank,
+    gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
+    eps, root,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr, QMAX: tl.constexpr, BITS: tl.constexpr,
+    PACKED: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
+    ORDER: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    live = row < rows
+    place = tl.arange(0, B)
+    matrix = None
+    if right is not None:
+        fits = (place < ORDER)[:, None] & (place < ORDER)[None, :]
+        matrix = tl.load(right + place[:, None] * ORDER + place[None, :], mask=fits, other=0.0)
+
+    # first walk: the norm, and the stream
+    mean = tl.zeros((ROWS, 1), tl.float32)
+    squares = tl.zeros((ROWS, 1), tl.float32)
+    if NORM != "none" or stream is not None:
+        for start in range(0, width, ORDER):
+            column = start + place[None, :]
+            known = (place[None, :] < ORDER) & (column < width)
+            real = live & known
+            at = row * width + column
+            value = residual(x, y, gate, at, (row // gate_every) * gate_stride + column, real)
+            if stream is not None:
+                tl.store(stream + at, value.to(stream.dtype.element_ty), mask=real)
+            if NORM == "layer":
+                count = tl.minimum(width - start, ORDER) * 1.0
+                step_mean = tl.div_rn(tl.sum(value, 1, keep_dims=True), count)
+                value = tl.where(known, value - step_mean, 0.0)
+                moved = step_mean - mean
+                share = tl.div_rn(count, start + count)
+                mean += moved * share
+                squares += moved * moved * (start * share)
+            squares += tl.sum(value * value, 1, keep_dims=True)
+    rstd = deviation(squares, width, eps)
+
+    # second walk: the range of the values, and the branch
+    least = tl.zeros((ROWS, 1), tl.int32)
+    most = tl.zeros((ROWS, 1), tl.int32)
+    if low is not None:
+        column_of_rank = tl.arange(0, R)
+        branch = tl.zeros((ROWS, R), tl.float32)
+    for start in range(0, width, ORDER):
+        value, at, real = _values(
+            x, y, gate, weight, bias, scale, shift, smooth, signs, matrix,
+            mean, rstd, start, width, row, live, width, ORDER, root,
+            gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
+            NORM, ACTIVATION, TERMS, B,
+        )  # fmt: skip
+        if zeros is not None:
+            bits = ordered(value)
+            least = tl.minimum(least, tl.min(bits, 1, keep_dims=True))
+            most = tl.maximum(most, tl.max(bits, 1, keep_dims=True))
+        else:
+            most = tl.maximum(most, tl.max(magnitude(value), 1, keep_dims=True))
+        if low is not None:
+            column = start + place[:, None]
+            fits = (place[:, None] < ORDER) & (column < width) & (column_of_rank[None, :] < rank)
+            factor = tl.load(down + column * rank + column_of_rank[None, :], mask=fits, other=0.0)
+            branch = tl.dot(
+                value.to(factor.dtype), factor, branch, input_precision="ieee",
+                out_dtype=tl.float32,
+            )  # fmt: skip
+    if low is not None:
+        low_at = row * rank + column_of_rank[None, :]
+        fits = live & (column_of_rank[None, :] < rank)
+        tl.store(low + low_at, branch.to(low.dtype.element_ty), mask=fits)
+
+    # third walk: the codes
+    zero = least
+    if zeros is not None:
+        step, inverse, finite, zero = asymmetric_scale(least, most, BITS)
+        tl.store(zeros + row, tl.where(finite, zero - 2 ** (BITS - 1), 0), mask=live)
+    else:
+        step, inverse, finite = symmetric_scale(most, QMAX)
+    tl.store(scales + row, step, mask=live)
+    total = tl.zeros((ROWS, 1), tl.int32)
+    SPLIT: tl.constexpr = 2 if PACKED else 1
+    for start in range(0, part, ORDER):
+        packed = tl.zeros((ROWS, B), tl.int32)
+        for half in tl.static_range(SPLIT):
+            value, at, real = _values(
+                x, y, gate, weight, bias, scale, shift, smooth, signs, matrix,
+                mean, rstd, start + half * part, (half + 1) * part, row, live, width, ORDER, root,
+                gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
+                NORM, ACTIVATION, TERMS, B,
+            )  # fmt: skip
+            if zeros is not None:
+                code = asymmetric_codes(value, step, inverse, finite, zero, BITS)
+            else:
+                code = symmetric_codes(value, step, inverse, finite)
+            if sums is not None:
+                total += tl.sum(tl.where(real, code, 0), 1, keep_dims=True)
+            if PACKED:
+                packed |= (code & 15) << (4 * half)
+            else:
+                tl.store(codes + at, code.to(tl.int8), mask=real)
+        if PACKED:
+            column = start + place[None, :]
+            real = live & (place[None, :] < ORDER) & (column < part)
+            tl.store(codes + row * part + column, packed.to(tl.uint8), mask=real)
+    if sums is not None:
+        tl.store(sums + row, total, mask=live)
+
+
+def takes_steps(width: int, steps: Prologue) -> bool:
+    """True if the rotation, if there is one, is of blocks that one step holds."""
+    if not steps.block:
+        return True
+    pair = hadamard.factors(steps.block) if width % steps.block == 0 else None
+    return pair is not None and pair[0] == 1 and pair[1] <= ORDER_LIMIT
+
+
+def launch_steps(
+    x: Tensor, steps: Prologue, form: Form, y: Tensor | None, gate: Tensor | None
+) -> Quantised:
+    """The codes of rows of any length; packed ones of rows whose halves are whole steps."""
+    width = x.shape[-1]
+    result = allocate(x, form, y is not None)
+    down, rank = form.down, 0
+    if down is not None:
+        down = operand("down", down, FLOATS, (width, None), x.device)
+        rank = down.shape[1]
+    given = arguments(x, steps, y, gate)
+    if not given["rows"]:
+        return result
+    tile = _tile(width, steps.block, rank, form.packed)
+    right = hadamard_matrix(steps.block, x.device) if steps.block else None
+    with on_device(x):
+        _steps[(triton.cdiv(given["rows"], tile["ROWS"]),)](
+            **given,
+            stream=result.stream,
+            right=right,
+            down=down if rank else None,
+            codes=result.codes,
+            scales=result.scale,
+            zeros=result.zero,
+            sums=result.sums,
+            low=result.low if rank else None,
+            part=width // 2 if form.packed else width,
+            rank=rank,
+            root=float(steps.block or 1) ** -0.5,
+            QMAX=form.qmax,
+            BITS=form.bits,
+            PACKED=form.packed,
+            TERMS=2,
+            R=max(16, triton.next_power_of_2(rank)),
+            **tile,
+            enable_fp_fusion=False,
+        )
+    return result
+
+
+def _tile(width: int, block: int, rank: int, packed: bool) -> dict[str, Any]:
+    """Rows of a program, places B and columns ORDER of a step, warps."""
+    if block or rank:
+        order = block or min(128, triton.next_power_of_2(width))
+        return {
+            "ROWS": 16,
+            "B": max(16, triton.next_power_of_2(order)),
+            "ORDER": order,
+            "num_warps": 4,
+            "num_stages": 2,
+        }
+    order = min(4096, triton.next_power_of_2(width // 2 if packed else width))
+    return {"ROWS": 1, "B": order, "ORDER": order, "num_warps": 8, "num_stages": 2}
