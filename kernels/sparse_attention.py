@@ -316,9 +316,75 @@ def _cpu_int8(
     residual_scale: Tensor | None = None,
     key_length: Tensor | None = None,
 ) -> Tensor:
+    _check_scales(q_codes, q_scale, k_codes, k_scale)
     query, key = (q_codes * q_scale).to(value.dtype), (k_codes * k_scale).to(value.dtype)
     mask = (starts, counts, ids, scale, block_q, block_k)
     return _cpu(query, key, value, *mask, residual, residual_scale, key_length)
+
+
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    ids: Tensor,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    key_length: Tensor | None = None,
+) -> Tensor:
+    from vdqc.kernels.gpu import attention
+
+    mask, extra = (starts, counts, ids), (residual, residual_scale, key_length)
+    check_operands(query, key, value, *mask, block_q, block_k, *extra)
+    return attention.sparse_attention(query, key, value, *mask, scale, block_q, block_k, *extra)
+
+
+def _cuda_int8(
+    q_codes: Tensor,
+    q_scale: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    ids: Tensor,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    key_length: Tensor | None = None,
+) -> Tensor:
+    from vdqc.kernels.gpu import attention
+
+    mask, extra = (starts, counts, ids), (residual, residual_scale, key_length)
+    check_operands(q_codes, k_codes, value, *mask, block_q, block_k, *extra)
+    _check_scales(q_codes, q_scale, k_codes, k_scale)
+    return attention.sparse_attention(
+        q_codes,
+        k_codes,
+        value,
+        *mask,
+        scale,
+        block_q,
+        block_k,
+        *extra,
+        q_scale=q_scale,
+        k_scale=k_scale,
+    )
+
+
+def _check_scales(q_codes: Tensor, q_scale: Tensor, k_codes: Tensor, k_scale: Tensor) -> None:
+    for name, codes, scale in (("q_scale", q_codes, q_scale), ("k_scale", k_codes, k_scale)):
+        shape = [*codes.shape[:-1], 1]
+        if list(scale.shape) != shape or scale.dtype != torch.float32:
+            raise InputError(
+                f"{name}: expected float32 {shape}, got {scale.dtype} {list(scale.shape)}"
+            )
 
 
 def _fake(
@@ -385,6 +451,7 @@ SPARSE_ATTENTION = define(
     reference=sparse_attention,
     fake=_fake,
     cpu=_cpu,
+    cuda=_cuda,
     supports=_supports,
     cost=_cost,
 )
@@ -393,6 +460,7 @@ SPARSE_ATTENTION_INT8 = define(
     reference=sparse_attention_int8,
     fake=_fake_int8,
     cpu=_cpu_int8,
+    cuda=_cuda_int8,
     supports=_supports,
     cost=_cost,
 )

@@ -1,0 +1,189 @@
+"""Block-sparse attention on Triton against its reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vdqc.base.block_mask import BlockMask, blocks, compress, full_mask
+from vdqc.base.diagnostics import InputError
+from vdqc.base.numerics import TOLERANCE, relative_error
+from vdqc.kernels.gpu import attention
+from vdqc.kernels.gpu.attention import sparse_attention
+from vdqc.kernels.gpu.runtime import Config
+from vdqc.kernels.sparse_attention import sparse_attention as truth
+from vdqc.kernels.sparse_attention import sparse_attention_int8 as truth_int8
+
+BF16 = torch.bfloat16
+WIDE = Config(block_n=128, warps=8, stages=2)
+PLAIN, SPECIALISED = Config(block_n=64, warps=4), Config(block_n=128, variant="ws")
+
+
+def operands(
+    b: int, h: int, s: int, t: int, d: int, device: str, dtype: torch.dtype = BF16
+) -> list[torch.Tensor]:
+    # strided as models give them: [B, S, H, D] seen as [B, H, S, D]
+    return [torch.randn(b, n, h, d).to(device, dtype).transpose(1, 2) for n in (s, t, t)]
+
+
+def random_mask(h: int, s: int, t: int, block: int, density: float, device: str) -> BlockMask:
+    kept = torch.rand(1, h, blocks(s, block), blocks(t, block), device=device) < density
+    return BlockMask(*compress(kept), s, t, block, block)
+
+
+def arguments(mask: BlockMask, scale: float = 0.2) -> tuple[object, ...]:
+    return (mask.starts, mask.counts, mask.ids, scale, mask.block_q, mask.block_k)
+
+
+def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    return (x.float() / scale).round().to(torch.int8), scale
+
+
+@pytest.mark.parametrize("config", [PLAIN, SPECIALISED], ids=["plain", "ws"])
+@pytest.mark.parametrize(("s", "t", "width"), [(300, 300, 64), (129, 257, 128), (128, 256, 64)])
+@pytest.mark.parametrize("lengths", [False, True])
+def test_equals_the_reference(
+    config: Config, s: int, t: int, width: int, lengths: bool, poison: None, device: str
+) -> None:
+    q, k, v = operands(2, 2, s, t, width, device)
+    mask = random_mask(2, s, t, 128, 0.6, device)
+    length = torch.tensor([t - 60, t], dtype=torch.int32, device=device) if lengths else None
+    args = (*arguments(mask), None, None, length)
+    found = sparse_attention(q, k, v, *args, config=config)
+    assert found.is_contiguous()
+    assert relative_error(found, truth(q.double(), k.double(), v.double(), *args)) < TOLERANCE[BF16]
+
+
+@settings(max_examples=6)
+@given(
+    s=st.sampled_from([1, 63, 80, 129]),
+    t=st.sampled_from([1, 63, 80, 200]),
+    width=st.sampled_from([16, 64]),
+    block=st.sampled_from([32, 64, 128]),
+    tile=st.sampled_from([16, 32, 64]),
+    dtype=st.sampled_from([BF16, torch.float16]),
+    residual=st.sampled_from(["none", "float", "int8"]),
+    seed=st.integers(0, 99),
+)
+def test_every_shape_of_the_plain_kernel(
+    s: int,
+    t: int,
+    width: int,
+    block: int,
+    tile: int,
+    dtype: torch.dtype,
+    residual: str,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = operands(1, 2, s, t, width, device, dtype)
+    mask = random_mask(2, s, t, block, 0.6, device)
+    added = torch.randn(1, 2, s, width, device=device).to(dtype)
+    pair = {"none": (None, None), "float": (added, None), "int8": int8_rows(added)}[residual]
+    args = (*arguments(mask), *pair)
+    found = sparse_attention(q, k, v, *args, config=Config(block_n=tile, warps=4, stages=2))
+    expected = truth(q.double(), k.double(), v.double(), *args)
+    assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("strided", [True, False])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_queries_through_a_descriptor_of_the_host(
+    strided: bool, bits: int, poison: None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "host_queries", lambda: True)
+    q, k, v = operands(2, 2, 140, 140, 64, device)
+    mask = random_mask(2, 140, 140, 128, 0.7, device)
+    if not strided:
+        q = q.contiguous()
+    scales = {}
+    if bits == 8:
+        (q, scales["q_scale"]), (k, scales["k_scale"]) = int8_rows(q), int8_rows(k)
+        if strided:
+            q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    found = sparse_attention(q, k, v, *arguments(mask), **scales, config=SPECIALISED)
+    expected = sparse_attention(q, k, v, *arguments(mask), **scales, config=WIDE)
+    assert relative_error(found, expected) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize("config", [PLAIN, SPECIALISED], ids=["plain", "ws"])
+def test_int8_scores(config: Config, poison: None, device: str) -> None:
+    q, k, v = operands(1, 2, 200, 260, 64, device)
+    mask = random_mask(2, 200, 260, 128, 0.6, device)
+    (qc, qs), (kc, ks) = int8_rows(q), int8_rows(k)
+    residual = int8_rows(torch.randn(1, 2, 200, 64, device=device))
+    args = (*arguments(mask), *residual)
+    found = sparse_attention(qc, kc, v, *args, q_scale=qs, k_scale=ks, config=config)
+    expected = truth_int8(qc, qs, kc, ks, v.float(), *args)
+    assert relative_error(found, expected) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize("config", [PLAIN, SPECIALISED], ids=["plain", "ws"])
+def test_order_of_programs_and_of_blocks_changes_little(
+    config: Config, poison: None, device: str
+) -> None:
+    q, k, v = operands(1, 2, 256, 512, 64, device)
+    mask = random_mask(2, 256, 512, 128, 0.7, device)
+    args = arguments(mask)
+    sorted_rows = sparse_attention(q, k, v, *args, config=config)
+    assert torch.equal(sorted_rows, sparse_attention(q, k, v, *args, config=config, sort=False))
+    ids = mask.ids.reshape(1, 2, 2, -1).clone()
+    for h in range(2):
+        for row in range(2):
+            own = ids[0, h, row, : int(mask.counts[0, h, row])]
+            own.copy_(own.flip(0))
+    turned = sparse_attention(q, k, v, *args[:2], ids.flatten(), *args[3:], config=config)
+    assert relative_error(turned, sorted_rows) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize("config", [PLAIN, SPECIALISED], ids=["plain", "ws"])
+def test_full_mask_is_dense_attention(config: Config, poison: None, device: str) -> None:
+    q, k, v = operands(1, 1, 200, 130, 64, device)
+    mask = full_mask(200, 130, device=device)
+    found = sparse_attention(q, k, v, *arguments(mask), config=config)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), scale=0.2
+    )
+    assert relative_error(found, dense) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize("config", [PLAIN, SPECIALISED], ids=["plain", "ws"])
+def test_rows_without_keys_give_their_residual(config: Config, poison: None, device: str) -> None:
+    q, k, v = operands(1, 1, 256, 130, 64, device)
+    kept = torch.tensor([[True, True], [False, False]], device=device)[None, None]
+    mask = BlockMask(*compress(kept), 256, 130)
+    residual = torch.randn(1, 1, 256, 64, device=device).to(BF16)
+    found = sparse_attention(q, k, v, *arguments(mask), config=config)
+    assert found[:, :, 128:].eq(0).all()
+    assert found.isfinite().all()
+    found = sparse_attention(q, k, v, *arguments(mask), residual, config=config)
+    assert torch.equal(found[:, :, 128:], residual[:, :, 128:])
+    # no key exists at all
+    none = torch.zeros(1, dtype=torch.int32, device=device)
+    found = sparse_attention(q, k, v, *arguments(mask), residual, None, none, config=config)
+    assert torch.equal(found, residual)
+
+
+def test_scores_far_below_zero_are_kept(poison: None, device: str) -> None:
+    q = torch.full((1, 1, 4, 16), -8.0, device=device).to(BF16)
+    k = torch.full((1, 1, 20, 16), 8.0, device=device).to(BF16)
+    v = torch.randn(1, 1, 20, 16, device=device).to(BF16)
+    mask = full_mask(4, 20, block_q=16, block_k=16, device=device)
+    found = sparse_attention(q, k, v, *arguments(mask), config=Config(block_n=16, warps=4))
+    expected = v.float().mean(2, keepdim=True).expand(1, 1, 4, 16)  # all scores are equal
+    assert relative_error(found, expected) < TOLERANCE[BF16]
+
+
+def test_what_no_kernel_takes(device: str) -> None:
+    q, k, v = operands(1, 1, 64, 64, 64, device)
+    mask = full_mask(64, 64, device=device)
+    with pytest.raises(InputError, match="positive scale"):
+        sparse_attention(q, k, v, *arguments(mask, 0.0))
+    with pytest.raises(InputError, match="query: expected bfloat16 or float16, got float32"):
+        sparse_attention(q.float(), k, v, *arguments(mask))
+    with pytest.raises(InputError, match="got 80 and 64"):
+        sparse_attention(*operands(1, 1, 64, 64, 80, device)[:2], v, *arguments(mask))
+    with pytest.raises(InputError, match="block_k of 16, 32, 64 or 128, got 48"):
+        sparse_attention(q, k, v, *arguments(mask)[:4], 64, 48)
