@@ -8,6 +8,7 @@ PASSES: PassTable = {
     "rotate": "vdqc.passes.rotate:Rotate",
     "smooth": "vdqc.passes.smooth:Smooth",
     "quant": "vdqc.passes.quant:Quant",
+    "gptq": "vdqc.passes.gptq:Gptq",
     "calibrate": "vdqc.passes.calibrate:Calibrate",
     "fold": "vdqc.passes.fold:Fold",
 }

@@ -1,0 +1,200 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vdqc.base import numerics
+from vdqc.base.diagnostics import ConfigError, InputError
+from vdqc.base.rounding import compensated, input_factor
+from vdqc.base.scheme import QuantSpec
+from vdqc.engine.pass_manager import Context
+from vdqc.engine.recipe import parse_passes
+from vdqc.ir.graph import Stage
+from vdqc.ir.site import set_note
+from vdqc.passes.gptq import Gptq
+from vdqc.passes.quant import Clip, Quant, WeightRange
+from vdqc.passes.table import PASSES
+from vdqc.testing.harness import AdaLNBlock, annotated, assert_ir, context, run
+
+
+class One(nn.Module):
+    """One linear."""
+
+    def __init__(self, width: int = 16, rows: int = 8) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+class Two(nn.Module):
+    """A linear in front of another: the second reads what the first rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def correlated(tokens: int, width: int, seed: int = 0) -> Tensor:
+    """Rows with as few directions as a trained model's: each channel is a mix of the others."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator) / torch.arange(1, width + 1).sqrt()
+    return torch.randn(tokens, width, generator=generator) @ mix
+
+
+def test_the_weight_is_rounded_and_its_quantiser_stays() -> None:
+    model, x = One(), correlated(40, 16)
+    graph = annotated(model, x, scheme="w4a8")
+    run(graph, Quant(), Gptq(), ctx=context(x, model=model))
+    assert_ir(
+        graph,
+        """
+        graph (%x: f32[s0, 16]) @compressed {
+          %0 = vdqc.fake_quantize(%x, None, None, 'int8/token/dynamic') : f32[s0, 16]
+          %1 = vdqc.fake_quantize(@fc.weight_rounded, @fc.weight_scale, None, 'int4/channel') : f32[8, 16]
+          %2 = aten.linear(%0, %1, @fc.bias) : f32[s0, 8]  # site fc w4a8
+          return [%2]
+        }
+        """,  # noqa: E501
+    )
+
+
+def test_sites_in_float_are_left_alone() -> None:
+    model, x = Two(), correlated(40, 16)
+    graph = annotated(model, x)
+    for name in ("up", "down"):
+        set_note(graph.site(name).node, scheme="none")
+    run(graph, Quant())
+    before = str(graph)
+    (record,) = run(graph, Gptq(), ctx=Context())
+    assert (str(graph), record.rewrites) == (before, 0)
+
+
+@torch.no_grad()
+def test_each_block_is_rounded_for_the_inputs_that_rounding_leaves() -> None:
+    torch.manual_seed(0)
+    model, x = Two().double(), correlated(60, 16).double()
+    graph = annotated(model, x, scheme="w3a16")
+    run(graph, Quant(), ctx=context(x, model=model))
+    weights = {name: graph.param(f"{name}.weight") for name in ("up", "down")}
+    scales = {name: graph.param(f"{name}.weight_scale") for name in ("up", "down")}
+    whole = graph.clone()
+    run(graph, Gptq(), ctx=context(x, model=model))
+    run(whole, Gptq(sequential=False), ctx=context(x, model=model))
+    spec = QuantSpec.parse("int3/channel")
+
+    def rounded(name: str, rows: Tensor) -> Tensor:
+        factor = input_factor(rows.T @ rows / len(rows))
+        return compensated(weights[name], factor, scales[name], None, spec)
+
+    # both linears are outside of blocks, so one segment: the second saw the first to nearest
+    nearest = numerics.fake_quantize(weights["up"], scales["up"], None, spec)
+    hidden = torch.relu(nn.functional.linear(x, nearest, model.up.bias))
+    for found in (graph, whole):
+        assert numerics.relative_error(found.param("up.weight_rounded"), rounded("up", x)) < 1e-10
+        expected = rounded("down", hidden)
+        assert numerics.relative_error(found.param("down.weight_rounded"), expected) < 1e-10
+
+
+class Blocks(nn.Module):
+    """Two blocks, a linear each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.relu(block(x))
+        return x
+
+
+@torch.no_grad()
+def test_later_blocks_see_earlier_rounding() -> None:
+    torch.manual_seed(1)
+    model, x = Blocks().double(), correlated(60, 16).double()
+    graph = annotated(model, x, scheme="w3a16")
+    run(graph, Quant(), Gptq(), ctx=context(x, model=model))
+    first = graph.param("blocks.0.weight_rounded")
+    hidden = torch.relu(nn.functional.linear(x, first, model.blocks[0].bias))
+    factor = input_factor(hidden.T @ hidden / len(hidden))
+    scale = graph.param("blocks.1.weight_scale")
+    weight = model.blocks[1].weight.detach()
+    expected = compensated(weight, factor, scale, None, QuantSpec.parse("int3/channel"))
+    assert numerics.relative_error(graph.param("blocks.1.weight_rounded"), expected) < 1e-10
+
+
+@settings(max_examples=4)
+@given(st.integers(0, 2**31), st.sampled_from(["w3a16", "w4a8-g8", "w4a6-asym", "w2a8"]))
+def test_codes_fit_and_scales_stay(seed: int, scheme: str) -> None:
+    torch.manual_seed(seed)
+    model = AdaLNBlock(16, heads=2)
+    inputs = torch.randn(2, 12, 16), torch.randn(2, 16)
+    graph = annotated(model, *inputs, scheme=scheme)
+    run(graph, Quant(), ctx=context(*inputs, model=model))
+    before = {name: graph.param(name) for name in graph.param_names() if "scale" in name}
+    run(graph, Gptq(order=bool(seed % 2)), ctx=context(*inputs, model=model))
+    for name, value in before.items():
+        assert torch.equal(graph.param(name), value)
+    for site in graph.sites("to_*"):
+        value, scale, zero, text = site.weight.args
+        weight, spec = graph.evaluate(value), QuantSpec.parse(text)
+        zero = None if zero is None else graph.evaluate(zero)
+        found = numerics.fake_quantize(weight, graph.evaluate(scale), zero, spec)
+        torch.testing.assert_close(found, weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a8", "w3a8-g8-asym"])
+def test_the_output_is_closer_than_to_nearest(scheme: str) -> None:
+    gains = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = One(64, 32)
+        x = correlated(512, 64, seed)
+        graph = annotated(model, x, scheme=scheme)
+        ctx = context(x, model=model)
+        rtn, gptq = run(graph, Quant(WeightRange.MSE), Gptq(), ctx=ctx)
+        assert rtn.sqnr_db is not None
+        assert gptq.sqnr_db is not None
+        gains.append(gptq.sqnr_db - rtn.sqnr_db)
+        assert gptq.facts["error_to_nearest"]["fc"] < 1
+        assert gptq.facts["sites"]["fc"]["sqnr_db"] < rtn.facts["sites"]["fc"]["sqnr_db"]
+    assert min(gains) > (0.5 if scheme == "w4a8" else 1.0)
+
+
+def test_learned_scales_are_settled() -> None:
+    model, x = One(), correlated(40, 16)
+    graph = annotated(model, x, scheme="w4a16-asym")
+    run(graph, Quant(clip=Clip.WEIGHT), ctx=context(x, model=model))
+    _, scale, zero, _ = graph.site("fc").weight.args
+    before = graph.evaluate(scale).detach(), graph.evaluate(zero).detach()
+    run(graph, Gptq(), ctx=context(x, model=model))
+    assert not graph.free
+    assert torch.equal(graph.param("fc.rounded_scale"), before[0])
+    assert torch.equal(graph.param("fc.rounded_zero_point"), before[1])
+
+
+def test_bad_input() -> None:
+    graph = annotated(Two(), correlated(40, 16))
+    run(graph, Quant())
+    with pytest.raises(InputError, match="rounds for the inputs that samples show"):
+        run(graph, Gptq())
+    for text in ("gptq{block=0}", "gptq{damping=2}"):
+        with pytest.raises(ConfigError, match="expected"):
+            parse_passes(text, PASSES)
+    assert str(parse_passes("gptq{order=true}", PASSES)[0]) == "gptq{order=true}"
+    assert graph.stage is Stage.COMPRESSED
+
+
+def test_dependent_inputs_are_damped_with_a_remark() -> None:
+    model, x = One(), torch.ones(40, 16)
+    graph = annotated(model, x, scheme="w4a16")
+    ctx = context(x, model=model)
+    run(graph, Quant(), Gptq(damping=0.0), ctx=ctx)
+    assert [entry.code for entry in ctx.diagnostics] == ["moment-damped"]
+    assert bool(graph.param("fc.weight_rounded").isfinite().all())
