@@ -10,5 +10,6 @@ PASSES: PassTable = {
     "quant": "vdqc.passes.quant:Quant",
     "gptq": "vdqc.passes.gptq:Gptq",
     "calibrate": "vdqc.passes.calibrate:Calibrate",
+    "distill": "vdqc.passes.distill:Distill",
     "fold": "vdqc.passes.fold:Fold",
 }

@@ -24,6 +24,7 @@ from vdqc.base.scheme import QuantScheme
 from vdqc.base.target import TARGETS, Target
 from vdqc.engine.calibrate import ActivationStats, activation_stats
 from vdqc.ir.graph import Graph, Stage, module_path, source_line
+from vdqc.ir.learned import frozen
 from vdqc.ir.sample import Sample
 from vdqc.ir.verifier import verify
 
@@ -46,12 +47,16 @@ class Context:
     """What passes share besides the graph.
 
     Attributes:
-        samples: calls to learn from; the first is the probe.
+        samples: calls to learn from.
         target: the machine the program is for.
         diagnostics: where passes say what they did and did not do.
         rules: which sites get which scheme.
         seed: of every random choice.
         progress: wraps an iterable with a bar; ``(iterable, description) -> iterable``.
+        teacher: the graph as it was before the first lossy pass, while a pass that asks for it is
+            still to come; its parameters do not change with those of the graph.
+        trail: texts of the passes that ran.
+        probe: the call that every pass is measured on; the first sample unless given.
     """
 
     samples: Sequence[Sample] = ()
@@ -60,7 +65,19 @@ class Context:
     rules: Sequence[Rule] = ()
     seed: int = 0
     progress: Callable[[Any, str], Any] = lambda items, description: items
+    teacher: Graph | None = None
+    trail: list[str] = field(default_factory=list)
+    probe: Sample | None = None
     _stats: tuple[int, int, ActivationStats] | None = None
+
+    def use(self, samples: Sequence[Sample]) -> None:
+        """Learn from other samples from here on; the probe stays."""
+        self.probe = self.probe or (self.samples[0] if self.samples else None)
+        self.samples, self._stats = samples, None
+
+    def probe_inputs(self, graph: Graph) -> list[Any]:
+        """The probe as the inputs of ``graph``."""
+        return graph.signature.bind((), (self.probe or self.samples[0]).inputs)
 
     def stats(self, graph: Graph) -> ActivationStats:
         """Activation statistics of the graph as it is now; measured once per version."""
@@ -90,6 +107,8 @@ class Pass(abc.ABC):
     at: ClassVar[frozenset[Stage]]
     to: ClassVar[Stage | None] = None
     exact: ClassVar[bool]
+    #: True for a pass that compares with the float graph, ``Context.teacher``.
+    wants_teacher: ClassVar[bool] = False
 
     @abc.abstractmethod
     def run(self, graph: Graph, ctx: Context) -> PassResult:
@@ -186,12 +205,18 @@ class PassManager:
         original = _float_output(graph, inputs) if inputs is not None else None
         before = original
         records = []
-        for item in self.passes:
+        for index, item in enumerate(self.passes):
+            lossless = ctx.teacher is None and graph.stage < Stage.COMPRESSED
+            if lossless and not item.exact and _wants_teacher(self.passes[index:]):
+                ctx.teacher = frozen(graph)
             for instrument in self.instruments:
                 instrument.before_pass(str(item), graph)
             start = time.perf_counter()
             result = self._apply(item, graph, ctx)
             seconds = time.perf_counter() - start
+            ctx.trail.append(str(item))
+            if not _wants_teacher(self.passes[index + 1 :]):
+                ctx.teacher = None
             verify(graph)
             error = sqnr = None
             if inputs is not None and before is not None and original is not None:
@@ -220,7 +245,7 @@ class PassManager:
     def _probe_inputs(self, graph: Graph, ctx: Context) -> list[Any] | None:
         if not self.probe or not ctx.samples:
             return None
-        return graph.signature.bind((), ctx.samples[0].inputs)
+        return ctx.probe_inputs(graph)
 
     def _apply(self, item: Pass, graph: Graph, ctx: Context) -> PassResult:
         try:
@@ -232,6 +257,10 @@ class PassManager:
         graph.stage = item.to if item.to is not None else graph.stage
         graph.clean()
         return result
+
+
+def _wants_teacher(passes: Sequence[Pass]) -> bool:
+    return any(item.wants_teacher for item in passes)
 
 
 def probe_output(graph: Graph, inputs: Sequence[Any]) -> Tensor:

@@ -43,6 +43,14 @@ def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def frozen(graph: Graph) -> Graph:
+    """A copy of ``graph`` that training the original does not change; weights are shared."""
+    twin = graph.clone()
+    for name in sorted(twin.free):
+        twin.set_param(name, twin.param(name).detach().clone())
+    return twin
+
+
 def cast(graph: Graph, node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
     """``node`` in ``dtype``; itself if it is."""
     if node.meta["val"].dtype == dtype:

@@ -1,0 +1,209 @@
+"""The loss of one piece on one sample: student against teacher, by the terms that fit the piece.
+
+Taps of the teacher are computed again in each step instead of being kept: a query and a key of a
+long video are larger than all that the cache holds of a block.
+
+Error: ConfigError for a term that no piece can use; see ``losses.total`` for values that are not
+finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, fx
+
+from vdqc.base.diagnostics import InputError
+from vdqc.engine.block_cache import ActivationCache
+from vdqc.engine.block_module import BlockModule, Cuts, Piece, attention_nodes
+from vdqc.engine.frames import FrameMap, site_frames, sizes_of
+from vdqc.engine.losses import AttentionSite, LossContext, LossTerm, Terms, total
+from vdqc.engine.pass_manager import Context
+from vdqc.ir.sample import Sample
+from vdqc.ir.site import note
+
+
+@final
+class PieceLoss:
+    """``loss(sample)``: the weighted sum and its parts; ``state`` is what terms remember."""
+
+    def __init__(
+        self,
+        piece: Piece,
+        terms: Terms,
+        student: Cuts,
+        teacher: Cuts,
+        cache: ActivationCache,
+        own_cache: ActivationCache,
+        samples: Sequence[Sample],
+        sizes: Mapping[int, Mapping[str, int]],
+    ) -> None:
+        self.piece, self.terms, self.student = piece, terms, student
+        self.cache, self.own_cache, self.samples, self.sizes = cache, own_cache, samples, sizes
+        self.taps = sorted({kind for _, term in terms for kind in term.taps})
+        self.state: dict[str, Tensor] = {}
+        self.module = self._student(piece.free)
+        self.attention = attention_nodes(teacher, piece.teacher_reads, piece.makes)
+        self.teacher: BlockModule | None = None
+        if self.taps:
+            self.teacher = BlockModule(teacher, piece.teacher_reads, piece.makes, taps=self.taps)
+
+    @property
+    def remembers(self) -> bool:
+        """True if a term depends on the calls before."""
+        return any(term.ordered for _, term in self.terms)
+
+    def __call__(self, sample: int) -> tuple[Tensor, dict[str, float]]:
+        """Loss of one sample, differentiable in the piece's parameters."""
+        return self._loss(self.module, sample, self.state)
+
+    @torch.no_grad()
+    def evaluate(self, samples: Sequence[int]) -> tuple[float, dict[str, float], int]:
+        """Sums over ``samples`` of the loss and of its parts, and how many there were.
+
+        The weights are quantised once. Terms with a memory work on a copy of it.
+        """
+        module = self._student(())
+        state = dict(self.state) if self.remembers else self.state
+        whole, parts = 0.0, dict.fromkeys((str(term) for _, term in self.terms), 0.0)
+        for sample in samples:
+            loss, found = self._loss(module, sample, state)
+            whole += float(loss)
+            for name, value in found.items():
+                parts[name] += value
+        self.state.update({key: value for key, value in state.items() if "|auto" in key})
+        return whole, parts, len(samples)
+
+    def _student(self, trainable: Sequence[str]) -> BlockModule:
+        piece = self.piece
+        return BlockModule(self.student, piece.student_reads, piece.makes, trainable, self.taps)
+
+    def _loss(
+        self, module: BlockModule, sample: int, state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, float]]:
+        made, taps = module({key: self.own_cache.get(sample, key) for key in module.reads})
+        wanted = {key: self.cache.get(sample, key) for key in self.piece.makes}
+        fp_taps: dict[str, Tensor] = {}
+        if self.teacher is not None:
+            with torch.no_grad():
+                reads = {key: self.cache.get(sample, key) for key in self.teacher.reads}
+                fp_taps = self.teacher(reads)[1]
+        main, *rest = output_order(wanted)
+        sites = attention_sites(self.attention, self.sizes[sample])
+        record = self.samples[sample]
+        ctx = LossContext(
+            block=self.piece.name,
+            sample=sample,
+            timestep=record.timestep,
+            fp_out=wanted[main],
+            q_out=made[main],
+            fp_taps=fp_taps,
+            q_taps=taps,
+            frames=output_frames(sites, wanted[main]),
+            state=state,
+            attention=sites,
+            fp_rest=tuple(wanted[key] for key in rest),
+            q_rest=tuple(made[key] for key in rest),
+            trajectory=getattr(record, "trajectory", None),
+            step=getattr(record, "step", None),
+        )
+        return total(self.terms, ctx)
+
+
+def fitting_terms(
+    terms: Terms, pieces: Sequence[Piece], teacher: Cuts, ctx: Context, whole_model: bool
+) -> dict[str, Terms]:
+    """Which terms each piece is trained by, a remark for each that does not fit.
+
+    Raises InputError for a term that fits no piece.
+    """
+    trained = [piece for piece in pieces if piece.free]
+    last = (
+        next((p.name for p in reversed(trained) if p.is_block), trained[-1].name) if trained else ""
+    )
+    outputs = _example_outputs(teacher, trained, ctx)
+    found: dict[str, list[tuple[float | str, LossTerm]]] = {piece.name: [] for piece in pieces}
+    for weight, term in terms:
+        reasons = []
+        for piece in trained:
+            reason = _level(term, piece.name == last, whole_model)
+            if not reason:
+                sites, out = outputs[piece.name]
+                reason = term.misfit(sites, output_frames(sites, out), out)
+                if reason and piece.is_block:
+                    ctx.diagnostics.remark(piece.name, "loss-misfit", f"'{term}': {reason}")
+            if reason:
+                reasons.append(reason)
+            else:
+                found[piece.name].append((weight, term))
+        if trained and len(reasons) == len(trained):
+            raise InputError(
+                f"loss term '{term}' fits no block: {reasons[-1]}",
+                "leave it out, or train another part of the model",
+                code="loss-misfit",
+            )
+    return dict(found)
+
+
+def _level(term: LossTerm, is_last: bool, whole_model: bool) -> str:
+    if whole_model or term.level == "block" or (term.level == "last" and is_last):
+        return ""
+    if term.level == "last":
+        return "it is for the last block"
+    return "it is for end-to-end training: distill{mode=model}"
+
+
+def _example_outputs(
+    teacher: Cuts, pieces: Sequence[Piece], ctx: Context
+) -> dict[str, tuple[dict[str, AttentionSite], Tensor]]:
+    """Attention sites and the main output, without its data, of each piece on the first sample."""
+    graph = teacher.graph
+    inputs = graph.signature.bind((), ctx.samples[0].inputs)
+    wanted = {teacher.nodes[key]: key for piece in pieces for key in piece.makes}
+    seen: dict[str, Any] = {}
+
+    def look(node: fx.Node, value: Any) -> None:
+        if node in wanted:
+            seen[wanted[node]] = value.to("meta") if isinstance(value, Tensor) else value
+
+    with torch.no_grad():
+        graph.run_inputs(inputs, look)
+    sizes = sizes_of(graph.signature, inputs)
+    found = {}
+    for piece in pieces:
+        nodes = attention_nodes(teacher, piece.teacher_reads, piece.makes)
+        main, *_ = output_order({key: seen[key] for key in piece.makes})
+        found[piece.name] = attention_sites(nodes, sizes), seen[main]
+    return found
+
+
+def output_order(values: Mapping[str, Any]) -> list[str]:
+    """Keys of the float tensors among ``values``, the largest first: it is the video stream."""
+    floats = [k for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    return sorted(floats, key=lambda key: -values[key].numel())
+
+
+def attention_sites(nodes: Sequence[fx.Node], sizes: Mapping[str, int]) -> dict[str, AttentionSite]:
+    """What terms must know of attention nodes, for a call with these sizes."""
+    found = {}
+    for node in nodes:
+        entries = note(node)
+        tokens = entries.get("tokens", {})
+        scale = node.kwargs.get("scale")
+        found[str(entries["site"])] = AttentionSite(
+            scale=float(scale) if isinstance(scale, (int, float)) else None,
+            cross=bool(entries.get("cross", False)),
+            extent=str(tokens.get("extent", "other")),
+            frames=site_frames(tokens, sizes),
+        )
+    return found
+
+
+def output_frames(sites: Mapping[str, AttentionSite], out: Tensor) -> FrameMap | None:
+    """The frame of each token of an output: that of an attention over as many tokens."""
+    if out.ndim != 3:
+        return None
+    maps = [site.frames for site in sites.values() if site.frames is not None]
+    return next((frames for frames in maps if frames.tokens == out.shape[1]), None)

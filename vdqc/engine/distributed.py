@@ -1,0 +1,99 @@
+"""Workers that train one model on different samples: gradients averaged, one of them writes.
+
+Under ``torchrun`` each process runs the whole compilation; the trainer splits the samples. Without
+it there is one worker and every function here does nothing.
+
+Error: VdqcError [worker-lost] where a worker is gone. Sums over workers run in another order than
+in one process: equal to float rounding.
+Source: torch.distributed: gloo on CPUs, nccl on GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from vdqc.base.diagnostics import VdqcError
+
+#: How long a worker waits for another before it gives up; caching a block is the longest wait.
+PATIENCE = timedelta(minutes=30)
+
+
+@final
+@dataclass(frozen=True)
+class Workers:
+    """This process among ``size`` workers."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """True for the one that writes."""
+        return self.rank == 0
+
+    def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor summed over the workers, in float64 and back: one message."""
+        if self.size == 1 or not tensors:
+            return list(tensors)
+        flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+        with _lost_is_named(self):
+            dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [
+            part.reshape(tensor.shape).to(tensor.dtype)
+            for part, tensor in zip(parts, tensors, strict=True)
+        ]
+
+    def share(self, value: Any) -> Any:
+        """What the first worker holds."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with _lost_is_named(self):
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every worker is here."""
+        if self.size > 1:
+            with _lost_is_named(self):
+                dist.barrier()
+
+
+@contextmanager
+def workers() -> Iterator[Workers]:
+    """The workers that ``torchrun`` started, or this process alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ:
+        yield Workers()
+        return
+    started = not dist.is_initialized()
+    if started:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield Workers(dist.get_rank(), dist.get_world_size())
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_is_named(group: Workers) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed.DistBackendError is one
+        raise VdqcError(
+            f"worker {group.rank} of {group.size} lost another one: {str(error).splitlines()[0]}",
+            "it was killed or ran out of memory: see its own output",
+            "run the same command again: with a checkpoint, finished blocks are not trained again",
+            code="worker-lost",
+        ) from error
