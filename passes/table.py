@@ -5,6 +5,7 @@ from vdqc.engine.recipe import PassTable
 PASSES: PassTable = {
     "canonicalize": "vdqc.passes.canonicalize:Canonicalize",
     "annotate": "vdqc.passes.annotate:Annotate",
+    "select": "vdqc.passes.select:Select",
     "rotate": "vdqc.passes.rotate:Rotate",
     "smooth": "vdqc.passes.smooth:Smooth",
     "quant": "vdqc.passes.quant:Quant",

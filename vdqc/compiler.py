@@ -283,7 +283,7 @@ def lower_checked(
     error = sqnr = None
     if manager.probed is not None:
         reference, compressed = manager.probed
-        lowered = probe_output(graph, graph.signature.bind((), ctx.samples[0].inputs))
+        lowered = probe_output(graph, ctx.probe_inputs(graph))
         error = numerics.relative_error(lowered, compressed)
         sqnr = numerics.sqnr_db(lowered, reference)
         noise = numerics.relative_error(compressed, reference)

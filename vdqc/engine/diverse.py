@@ -99,6 +99,13 @@ def noisy(features: Features, rule: Filter, drop: float) -> Tensor:
     return torch.zeros(count, dtype=torch.bool).index_fill(0, worst, True)
 
 
+def left_out(features: Features, keys: Sequence[str], drop: float, rule: Filter) -> list[int]:
+    """Indices of what ``nfds`` leaves out, whatever the order of the candidates."""
+    order = key_order(keys)
+    out = noisy(features.ordered(order), rule, drop)
+    return sorted(index for at, index in enumerate(order) if out[at])
+
+
 def frame_similarity(
     frames: Tensor,
     reference: Reference = Reference.FIRST,
@@ -209,10 +216,10 @@ def nfds(
     """``count`` candidates; see the module."""
     order = key_order(keys)
     ordered = features.ordered(order)
-    out = noisy(ordered, rule, drop)
-    kept = [at for at in range(len(order)) if not out[at]]
-    dropped = int(out.sum())
-    require_enough(count, len(kept), f"{dropped} of {len(order)} candidates were left out as noise")
+    noise = set(left_out(features, keys, drop, rule))
+    kept = [at for at, index in enumerate(order) if index not in noise]
+    note = f"{len(noise)} of {len(order)} candidates were left out as noise"
+    require_enough(count, len(kept), note)
     labels, _ = kmeans(ordered.similarities[kept], clusters, seed)
     groups = [
         [at for at, label in zip(kept, labels.tolist(), strict=True) if label == cluster]
