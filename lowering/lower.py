@@ -38,6 +38,7 @@ from vdqc.kernels.quantize_rows import QUANTIZE_ROWS, QUANTIZE_ROWS_ASYM, QUANTI
 from vdqc.kernels.rotation import ROTATION
 from vdqc.kernels.weight_only_linear import WEIGHT_ONLY_LINEAR
 from vdqc.lowering.fuse import RowOrder, reorder_rope
+from vdqc.lowering.fuse_kernels import fuse_kernels
 from vdqc.lowering.pack import pack_grouped, pack_integer, parameter_prefix
 from vdqc.lowering.rules import (
     LinearSite,
@@ -81,6 +82,8 @@ def lower(
                 emit.attention(site.node)
         _rotations(graph)
         _leftovers(graph)
+        if target.device == "cuda":
+            fuse_kernels(graph)
     graph.stage = Stage.LOWERED
     graph.clean()
     verify(graph)

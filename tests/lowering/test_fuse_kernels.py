@@ -1,0 +1,101 @@
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import fx
+
+from vdqc.base.diagnostics import Diagnostics
+from vdqc.base.numerics import TOLERANCE, relative_error
+from vdqc.base.target import TARGETS
+from vdqc.engine.pass_manager import Context, PassManager
+from vdqc.ir.graph import Graph
+from vdqc.ir.sample import Sample
+from vdqc.lowering.lower import lower
+from vdqc.passes.annotate import Annotate
+from vdqc.passes.quant import Quant
+from vdqc.passes.rotate import Rotate
+from vdqc.passes.smooth import Smooth
+
+
+def _helper() -> ModuleType:
+    path = Path(__file__).with_name("compressed.py")
+    spec = importlib.util.spec_from_file_location("compressed_graphs", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HELP = _helper()
+
+
+def output(graph: Graph, sample: Sample) -> torch.Tensor:
+    value: torch.Tensor = graph.run(**sample.inputs)[0]
+    return value
+
+
+def calls(graph: Graph, name: str) -> list[fx.Node]:
+    return [node for node in graph.nodes if name in str(node.target)]
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w7a7-aasym", "w8a8-wasym"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_a_program_for_a_gpu_computes_what_the_compressed_graph_does(
+    scheme: str, dtype: torch.dtype
+) -> None:
+    graph, sample = HELP.wan(dtype)
+    original = output(graph, sample)
+    HELP.compress(graph, scheme, progressive=True)
+    compressed = output(graph, sample)
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    assert len(calls(graph, "fused_quantize")) == 6  # three norms in each of two blocks
+    lowered = output(graph, sample)
+    # bfloat16: what stands between the kernels is rounded less often, as far off as the float graph
+    drawn = relative_error(compressed, original) / (50 if dtype == torch.float32 else 1)
+    assert relative_error(lowered, compressed) < max(TOLERANCE[dtype], drawn)
+
+
+def test_gates_and_activations_end_up_in_the_linear() -> None:
+    graph, _ = HELP.wan(torch.bfloat16)
+    HELP.compress(graph, "w8a8")
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    linears = calls(graph, "int8_linear")
+    found = Counter(key for node in linears for key in node.kwargs)
+    # a block: attention out (gate), cross attention out (no gate), feed-forward (gelu; gate)
+    assert found == {"residual": 6, "gate": 4, "activation": 2}
+    assert not calls(graph, "gelu.default") or len(calls(graph, "gelu.default")) == 1  # text
+    assert [node.meta["val"].dtype for node in linears] == [torch.bfloat16] * len(linears)
+
+
+def test_rotation_and_smoothing_join_the_quantiser() -> None:
+    graph, sample = HELP.wan(torch.float32)
+    context = Context([sample], rules=())
+    PassManager([Annotate(), Smooth(), Rotate(), Quant()], probe=False).run(graph, context)
+    compressed = output(graph, sample)
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    assert not calls(graph, "kernels.rotation")
+    fused = calls(graph, "fused_quantize")
+    assert {node.args[10] for node in fused} != {0}  # Hadamard blocks
+    assert relative_error(output(graph, sample), compressed) < 1e-3
+
+
+def test_a_value_that_something_else_reads_stays() -> None:
+    graph, _ = HELP.wan(torch.float32)
+    HELP.compress(graph, "w8a8", select="blocks.0.ffn.*")
+    norms = [node for node in graph.nodes if "layer_norm" in str(node.target)]
+    read_by_others = [node for node in norms if len(node.users) > 1]
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    for node in read_by_others:
+        assert node in graph.nodes
+
+
+def test_a_cpu_program_is_left_to_the_compiler() -> None:
+    graph, _ = HELP.wan(torch.float32)
+    HELP.compress(graph, "w8a8")
+    lower(graph, TARGETS["cpu"], Diagnostics())
+    assert not calls(graph, "fused_quantize")
+    assert not any(node.kwargs for node in calls(graph, "int8_linear"))
