@@ -297,6 +297,18 @@ def test_padding_leaves_the_map_of_what_is_there() -> None:
     assert_close(term(ctx), term(cropped))
 
 
+def test_masks_of_fewer_axes_broadcast_as_in_attention() -> None:
+    ctx = context()
+    band = torch.ones(12, 12, dtype=torch.bool).tril(3)
+    results = []
+    for mask in (band, band[None, None]):
+        for name in ("msad", "std"):
+            taps = {**ctx.fp_taps, tap(SITE, "mask"): mask}
+            results.append(float(make_term(name)(context(fp_taps=taps))))
+    assert results[:2] == results[2:]
+    assert results[0] != float(make_term("msad")(ctx))
+
+
 def test_grouped_queries_share_their_keys() -> None:
     query, key = torch.randn(1, 4, 6, 3).double(), torch.randn(1, 2, 6, 3).double()
     assert_close(

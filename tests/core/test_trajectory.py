@@ -255,6 +255,13 @@ def test_plain_samples_are_named_by_their_content() -> None:
     assert candidates(samples) is None
 
 
+def test_samples_carry_their_place(tmp_path: Path) -> None:
+    pool = record(Model(), generate, [4], tmp_path / "pool")
+    assert [(sample.trajectory, sample.step) for sample in pool] == [(4, 0), (4, 1), (4, 2)]
+    assert candidates(list(pool)) == pool.candidates
+    assert sample_keys(list(pool)) == sample_keys(pool)
+
+
 @pytest.mark.parametrize(
     ("inputs", "found"),
     [

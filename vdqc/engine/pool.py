@@ -76,7 +76,8 @@ class Pool(Sequence[Sample]):
             return Subset(self, range(len(self))[index])
         trajectory, call = self._calls[index]
         inputs = _decode(call["inputs"], lambda place: self._tensor(trajectory, place))
-        return Sample(inputs, call["timestep"])
+        here = self.candidates[index]
+        return Sample(inputs, here.timestep, here.seed, here.step)
 
     def _tensor(self, trajectory: Mapping[str, Any], place: Sequence[Any]) -> Tensor:
         entry = trajectory["files"][place[0]]
@@ -126,7 +127,12 @@ def candidates(samples: Sequence[Sample]) -> list[Candidate] | None:
     if isinstance(samples, Subset):
         whole = candidates(samples.whole)
         return None if whole is None else [whole[index] for index in samples.indices]
-    return None
+    found = [
+        Candidate(sample.trajectory, sample.step, sample.timestep)
+        for sample in samples
+        if sample.trajectory is not None and sample.step is not None
+    ]
+    return found if len(found) == len(samples) else None
 
 
 def sample_keys(samples: Sequence[Sample]) -> list[str]:

@@ -15,7 +15,11 @@ class Sample:
     Attributes:
         inputs: argument name to tensor, python value, or nested tuple, list or dict of those.
         timestep: the denoising timestep, for statistics per step; None if it has none.
+        trajectory, step: seed of the sampling run that made this call and its number in it, for
+            what compares neighbouring steps; None if it was not recorded from one.
     """
 
     inputs: Mapping[str, Any]
     timestep: float | None = None
+    trajectory: int | None = None
+    step: int | None = None

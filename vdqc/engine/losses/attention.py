@@ -69,7 +69,7 @@ class AttentionDistillation(LossTerm):
     reduction: Reduction = Reduction.MEAN
 
     name: ClassVar[str] = "msad"
-    taps: ClassVar[tuple[str, ...]] = ("query", "key")
+    taps: ClassVar[tuple[str, ...]] = ("query", "key", "mask")
 
     def __post_init__(self) -> None:
         for option in ("global_", "local"):
@@ -107,7 +107,7 @@ class AttentionDistillation(LossTerm):
 
     def global_error(self, ctx: LossContext, site: str) -> Tensor:
         """Squared error of the pooled map."""
-        facts, mask = ctx.attention[site], ctx.fp_taps.get(tap(site, "mask"))
+        facts, mask = ctx.attention[site], site_mask(ctx, site)
         parts = segments(facts.frames) if self.segments and facts.frames is not None else None
         pairs = []
         allowed: Tensor | None = None
@@ -124,7 +124,7 @@ class AttentionDistillation(LossTerm):
 
     def local_error(self, ctx: LossContext, site: str) -> Tensor:
         """Squared error of the salient rows."""
-        facts, mask = ctx.attention[site], ctx.fp_taps.get(tap(site, "mask"))
+        facts, mask = ctx.attention[site], site_mask(ctx, site)
         index = salient_tokens(token_saliency(ctx, site, self.axis, self.salient), self.salient)
         pairs = [
             (take_rows(taps[tap(site, "query")], index), taps[tap(site, "key")])
@@ -141,6 +141,12 @@ def self_attention(attention: Mapping[str, AttentionSite]) -> list[str]:
     return [name for name, site in attention.items() if not site.cross]
 
 
+def site_mask(ctx: LossContext, site: str) -> Tensor | None:
+    """The mask at ``site`` as [B or 1, H or 1, L or 1, M], or None."""
+    mask = ctx.fp_taps.get(tap(site, "mask"))
+    return mask if mask is None or mask.ndim == 4 else mask[(None,) * (4 - mask.ndim)]
+
+
 def token_saliency(
     ctx: LossContext, site: str, axis: SalientAxis = SalientAxis.RECEIVED, salient: int = 256
 ) -> Tensor:
@@ -148,7 +154,7 @@ def token_saliency(
     key = "|".join(("saliency", ctx.block, str(ctx.sample), site, str(axis)))
     if key not in ctx.state:
         query, keys = ctx.fp_taps[tap(site, "query")], ctx.fp_taps[tap(site, "key")]
-        mask, rows = ctx.fp_taps.get(tap(site, "mask")), max(1, salient // _PARTS)
+        mask, rows = site_mask(ctx, site), max(1, salient // _PARTS)
         found = saliency(query, keys, ctx.attention[site].scale, mask, rows=rows, axis=axis)
         ctx.state[key] = found.cpu()
     return ctx.state[key].to(ctx.fp_out.device)

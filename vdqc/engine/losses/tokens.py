@@ -49,7 +49,7 @@ class TokenDistillation(LossTerm):
     reduction: Reduction = Reduction.ROW
 
     name: ClassVar[str] = "std"
-    taps: ClassVar[tuple[str, ...]] = ("query", "key")
+    taps: ClassVar[tuple[str, ...]] = ("query", "key", "mask")
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high:
