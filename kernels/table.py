@@ -18,6 +18,7 @@ KERNELS: Mapping[str, str] = {
     "weight_only_linear": "vdqc.kernels.weight_only_linear:WEIGHT_ONLY_LINEAR",
     "rotation": "vdqc.kernels.rotation:ROTATION",
     "attention": "vdqc.kernels.attention:ATTENTION",
+    "block_mask_topk": "vdqc.kernels.block_mask:BLOCK_MASK_TOPK",
     "sparse_attention": "vdqc.kernels.sparse_attention:SPARSE_ATTENTION",
     "sparse_attention_int8": "vdqc.kernels.sparse_attention:SPARSE_ATTENTION_INT8",
 }
