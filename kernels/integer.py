@@ -48,26 +48,51 @@ def _int8_matmul_cuda(codes: Tensor, weight: Tensor) -> Tensor:
     return gemm.int8_matmul(codes, weight)
 
 
-def unpack_weight(packed: Tensor, bits: int, width: int, multiplier: Tensor | None) -> Tensor:
-    """int8[N, width] from packed codes; column groups times ``multiplier`` i8[N, groups]."""
+def unpack_weight(
+    packed: Tensor, bits: int, width: int, multiplier: Tensor | None, binary: bool = False
+) -> Tensor:
+    """int8[N, width] from packed codes; column groups times ``multiplier`` i8[N, groups].
+
+    ``binary``: a 5-bit code 2 q + b stands for ``16 q + multiplier (2b - 1)``, a 4-bit weight with
+    a plane of residual signs.
+    """
     weight = unpack(packed, bits, width)
     if multiplier is None:
         return weight
-    return (weight.unflatten(-1, (multiplier.shape[-1], -1)) * multiplier.unsqueeze(-1)).flatten(-2)
+    weight, factor = weight.unflatten(-1, (multiplier.shape[-1], -1)), multiplier.unsqueeze(-1)
+    if binary:
+        return ((weight >> 1) * 16 + (2 * (weight & 1) - 1) * factor).flatten(-2)
+    return (weight * factor).flatten(-2)
 
 
-def packed_matmul(codes: Tensor, packed: Tensor, bits: int, multiplier: Tensor | None) -> Tensor:
-    """``codes i8[M, K], packed u8[N, bits K / 8] -> i32[M, N]``, |code * multiplier| <= 127."""
-    return int8_matmul(codes, unpack_weight(packed, bits, codes.shape[1], multiplier))
+def packed_matmul(
+    codes: Tensor, packed: Tensor, bits: int, multiplier: Tensor | None, binary: bool = False
+) -> Tensor:
+    """``codes i8[M, K], packed u8[N, bits K / 8] -> i32[M, N]``; see ``unpack_weight``.
+
+    Every weight, that is code times multiplier, fits an int8.
+    """
+    return int8_matmul(codes, unpack_weight(packed, bits, codes.shape[1], multiplier, binary))
 
 
 def _packed_matmul_cpu(
-    codes: Tensor, packed: Tensor, bits: int, multiplier: Tensor | None
+    codes: Tensor, packed: Tensor, bits: int, multiplier: Tensor | None, binary: bool = False
 ) -> Tensor:
-    return _int8_matmul_cpu(codes, unpack_weight(packed, bits, codes.shape[1], multiplier))
+    weight = unpack_weight(packed, bits, codes.shape[1], multiplier, binary)
+    return _int8_matmul_cpu(codes, weight)
 
 
-def _fake_packed(codes: Tensor, packed: Tensor, bits: int, multiplier: Tensor | None) -> Tensor:
+def _packed_matmul_cuda(
+    codes: Tensor, packed: Tensor, bits: int, multiplier: Tensor | None, binary: bool = False
+) -> Tensor:
+    from vdqc.kernels.gpu import packed_gemm
+
+    return packed_gemm.packed_matmul(codes, packed, bits, multiplier, binary)
+
+
+def _fake_packed(
+    codes: Tensor, packed: Tensor, bits: int, multiplier: Tensor | None, binary: bool = False
+) -> Tensor:
     return _fake_matmul(codes, packed)
 
 
@@ -79,7 +104,11 @@ INT8_MATMUL = define(
     cuda=_int8_matmul_cuda,
 )
 PACKED_MATMUL = define(
-    "packed_matmul", reference=packed_matmul, fake=_fake_packed, cpu=_packed_matmul_cpu
+    "packed_matmul",
+    reference=packed_matmul,
+    fake=_fake_packed,
+    cpu=_packed_matmul_cpu,
+    cuda=_packed_matmul_cuda,
 )
 
 

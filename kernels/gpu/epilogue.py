@@ -14,6 +14,7 @@ Source: Jacob et al., arXiv 1712.05877, section 2.3; low-rank branch: Li et al.,
 2411.05007, section 4.2.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ from vdqc.kernels.gpu.runtime import operand
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "gelu_tanh")
 RANKS = (1, 16, 32)
+#: Compile-time arguments of an empty ``Epilogue``: the sums themselves are written.
+NO_END = {"ACTIVATION": "none", "RANK": 1}
 
 
 class Epilogue(NamedTuple):
@@ -121,81 +124,92 @@ def tile_of(
 def write_tile(
     total,
     out,
-    first_row,
-    first_col,
+    row,
+    col,
     n_rows,
     n_cols,
     depth,
     e,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SWAPPED: tl.constexpr,
     SLICES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """Finish and write the int32 block ``total``, ``SLICES`` (1, 2, 4) runs of columns after each
-    other: a wide tile with gate and residual does not fit in registers at once.
+    """Finish and write the int32 block ``total`` whose first element is at ``row``, ``col``.
+
+    SWAPPED: its rows are output channels. SLICES: runs of its columns (1, 2, 4) are written after
+    each other, because a wide tile with gate and residual does not fit in registers at once.
     """
-    rows = first_row + tl.arange(0, BLOCK_M)
     if SLICES == 1:
-        _write(total, out, rows, first_col, n_rows, n_cols, depth, e, BLOCK_N, ACTIVATION, RANK)
+        _write(total, out, row, col, n_rows, n_cols, depth, e, SWAPPED, ACTIVATION, RANK)
     else:
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = _halves(total, BLOCK_M, HALF)
+        HALF: tl.constexpr = total.shape[1] // 2
+        left, right = _halves(total)
         _write_half(
-            left, out, rows, first_col, n_rows, n_cols, depth, e, HALF, SLICES, ACTIVATION, RANK
+            left, out, row, col, n_rows, n_cols, depth, e, SWAPPED, SLICES, ACTIVATION, RANK
         )
-        first_col += HALF
+        if SWAPPED:
+            row += HALF
+        else:
+            col += HALF
         _write_half(
-            right, out, rows, first_col, n_rows, n_cols, depth, e, HALF, SLICES, ACTIVATION, RANK
+            right, out, row, col, n_rows, n_cols, depth, e, SWAPPED, SLICES, ACTIVATION, RANK
         )
 
 
 @triton.jit
-def _halves(block, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(block, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+def _halves(block):
+    """The first and the second half of the columns."""
+    apart = tl.reshape(block, (block.shape[0], 2, block.shape[1] // 2))
+    return tl.split(tl.permute(apart, (0, 2, 1)))
 
 
 @triton.jit
 def _write_half(
     total,
     out,
-    rows,
-    first_col,
+    row,
+    col,
     n_rows,
     n_cols,
     depth,
     e,
-    WIDTH: tl.constexpr,
+    SWAPPED: tl.constexpr,
     SLICES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RANK: tl.constexpr,
 ):
     if SLICES == 2:
-        _write(total, out, rows, first_col, n_rows, n_cols, depth, e, WIDTH, ACTIVATION, RANK)
+        _write(total, out, row, col, n_rows, n_cols, depth, e, SWAPPED, ACTIVATION, RANK)
     else:
-        HALF: tl.constexpr = WIDTH // 2
-        left, right = _halves(total, rows.shape[0], HALF)
-        _write(left, out, rows, first_col, n_rows, n_cols, depth, e, HALF, ACTIVATION, RANK)
-        first_col += HALF
-        _write(right, out, rows, first_col, n_rows, n_cols, depth, e, HALF, ACTIVATION, RANK)
+        HALF: tl.constexpr = total.shape[1] // 2
+        left, right = _halves(total)
+        _write(left, out, row, col, n_rows, n_cols, depth, e, SWAPPED, ACTIVATION, RANK)
+        if SWAPPED:
+            row += HALF
+        else:
+            col += HALF
+        _write(right, out, row, col, n_rows, n_cols, depth, e, SWAPPED, ACTIVATION, RANK)
 
 
 @triton.jit
 def _write(
     total,
     out,
-    rows,
-    first_col,
+    row,
+    col,
     n_rows,
     n_cols,
     depth,
     e,
-    WIDTH: tl.constexpr,
+    SWAPPED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    cols = first_col + tl.arange(0, WIDTH)
+    if SWAPPED:
+        total = tl.trans(total)
+    rows = row + tl.arange(0, total.shape[0])
+    cols = col + tl.arange(0, total.shape[1])
     if e.scale is not None:
         total = finish(total, rows, cols, n_rows, n_cols, depth, e, ACTIVATION, RANK)
     at = rows[:, None].to(tl.int64) * n_cols + cols[None, :]
@@ -321,3 +335,18 @@ def _rows_of_gate(gate: Tensor, lead: torch.Size, n: int) -> tuple[Tensor, int]:
     # kept: the axes that vary come first; a broadcast axis in front of one that varies is expanded
     gate = gate.expand(*lead[:kept], *[1] * (len(lead) - kept), n)
     return gate.reshape(-1, n), max(int(torch.Size(lead[kept:]).numel()), 1)
+
+
+#: What a model's linears use: all that can follow the sums.
+ENDS: Mapping[str, dict[str, Any]] = {
+    "plain": {"end": types(bias=True)},
+    "gelu": {"end": types(bias=True), "activation": "gelu_tanh"},
+    "zero": {
+        "end": types(
+            bias=True, zero_point=True, weight_sum=True, weight_zero_point=True, row_sum=True
+        )
+    },
+    "gated": {"end": types(bias=True, gate=True, gate_rows=True, residual=True)},
+    "rank1": {"end": types(bias=True, down=True, up=True), "rank": 1},
+    "rank32": {"end": types(bias=True, down=True, up=True), "rank": 32},
+}

@@ -7,7 +7,7 @@ Error: the integer part is exact while K <= 131072; see ``epilogue`` for the res
 Source: grouped tile order as in Triton's own tutorial on matrix multiplication; the rest is ours.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vdqc.kernels.gpu.epilogue import Epilogue, epilogue, tile_of, types, write_tile
-from vdqc.kernels.gpu.runtime import ARCHS, Config, arch_of, best_config, on_device, operand
-from vdqc.kernels.gpu.variants import INT8_MMA, Variant
+from vdqc.kernels.gpu.epilogue import ENDS, NO_END, Epilogue, epilogue, tile_of, write_tile
+from vdqc.kernels.gpu.runtime import Config, configuration, on_device, operand
+from vdqc.kernels.gpu.variants import INT8_MMA, Variant, configurations
 
 
 @triton.jit
@@ -65,8 +65,7 @@ def int8_gemm(
         n_cols,
         depth,
         e,
-        BLOCK_M,
-        BLOCK_N,
+        False,
         SLICES,
         ACTIVATION,
         RANK,
@@ -78,7 +77,7 @@ def int8_matmul(codes: Tensor, weight: Tensor, config: Config | None = None) -> 
     codes = operand("codes", codes, torch.int8, (None, None))
     weight = operand("weight", weight, torch.int8, (None, codes.shape[1]), codes.device)
     out = torch.empty(codes.shape[0], weight.shape[0], dtype=torch.int32, device=codes.device)
-    _launch(codes, weight, out, Epilogue(), {"ACTIVATION": "none", "RANK": 1}, config)
+    run(codes, weight, out, Epilogue(), NO_END, config)
     return out
 
 
@@ -113,11 +112,11 @@ def int8_linear(
         **named,
     )
     out = torch.empty(*codes.shape[:-1], n, dtype=dtype, device=codes.device)
-    _launch(codes.reshape(-1, k), weight, out, end, constants, config)
+    run(codes.reshape(-1, k), weight, out, end, constants, config)
     return out
 
 
-def _launch(
+def run(
     codes: Tensor,
     weight: Tensor,
     out: Tensor,
@@ -125,11 +124,12 @@ def _launch(
     constants: dict[str, Any],
     config: Config | None,
 ) -> None:
+    """Launch on checked operands ``[M, K]`` and ``[N, K]``."""
     (m, k), n = codes.shape, weight.shape[0]
     if m == 0 or n == 0:
         return
     if config is None:
-        config = best_config("int8_gemm", arch_of(codes.device), {"m": m, "n": n, "k": k})
+        config = configuration("int8_gemm", codes, n, k)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     with on_device(codes):
         int8_gemm[(tiles,)](
@@ -154,24 +154,19 @@ def _launch(
 
 
 def _variant(
-    name: str,
     config: Config,
     archs: tuple[str, ...],
+    name: str,
     end: Epilogue,
     rank: int = 1,
     activation: str = "none",
 ) -> Variant:
     return Variant(
-        name=f"int8_gemm/{name}",
+        name=f"int8_gemm-{config.tile}/{name}",
         fn=int8_gemm,
         signature={
-            "a": "*i8",
-            "b": "*i8",
-            "out": "*bf16" if end.scale else "*i32",
-            "n_rows": "i32",
-            "n_cols": "i32",
-            "depth": "i32",
-            "e": end,
+            **{"a": "*i8", "b": "*i8", "out": "*bf16" if end.scale else "*i32"},
+            **{"n_rows": "i32", "n_cols": "i32", "depth": "i32", "e": end},
         },
         constexprs={
             "BLOCK_M": config.block_m,
@@ -190,26 +185,14 @@ def _variant(
     )
 
 
-#: What a model's linears use: all that can follow the sums.
-ENDS: Mapping[str, dict[str, Any]] = {
-    "plain": {"end": types(bias=True)},
-    "gelu": {"end": types(bias=True), "activation": "gelu_tanh"},
-    "zero": {
-        "end": types(
-            bias=True, zero_point=True, weight_sum=True, weight_zero_point=True, row_sum=True
-        )
-    },
-    "gated": {"end": types(bias=True, gate=True, gate_rows=True, residual=True)},
-    "rank1": {"end": types(bias=True, down=True, up=True), "rank": 1},
-    "rank32": {"end": types(bias=True, down=True, up=True), "rank": 32},
-}
-_WIDE = Config(128, 256, 128, 8, 3, slices=4)
-_SQUARE = Config(128, 128, 128, 8, 3, slices=2)
-_NOT_SM90 = tuple(arch for arch in ARCHS if arch != "sm90")
-VARIANTS = [
-    *(_variant(f"128x256-{name}", _WIDE, ("sm90",), **end) for name, end in ENDS.items()),
-    *(_variant(f"128x128-{name}", _SQUARE, _NOT_SM90, **end) for name, end in ENDS.items()),
-    _variant("128x128-sums", _SQUARE, ARCHS, Epilogue()),
-    _variant("16x128-plain", Config(16, 128, 128, 4, 3), ARCHS, types(bias=True)),
-    _variant("64x128-plain", Config(64, 128, 128, 4, 3), ARCHS, types(bias=True)),
-]
+def _variants() -> Iterator[Variant]:
+    for config, archs in configurations("int8_gemm"):
+        for name, end in ENDS.items():
+            yield _variant(config, archs, name, **end)
+        yield _variant(config, archs, "sums", Epilogue())
+    for m in (1, 64):
+        for config, archs in configurations("int8_gemm", m):
+            yield _variant(config, archs, "plain", **ENDS["plain"])
+
+
+VARIANTS = list(_variants())

@@ -99,10 +99,10 @@ def _arguments(variant: Variant) -> tuple[dict[str, Any], dict[Any, Any], dict[A
 
 
 def _in_one_line(error: BaseException) -> str:
-    """The innermost cause: Triton wraps it once for every call on the way."""
+    """The innermost cause, its last line: Triton wraps it in source text for every call."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def read_cubin(cubin: bytes, shared: int) -> Figures:

@@ -57,6 +57,11 @@ class Config:
     slices: int = 1
     variant: str = "plain"
 
+    @property
+    def tile(self) -> str:
+        """``128x256x64``: rows, columns, depth."""
+        return f"{self.block_m}x{self.block_n}x{self.block_k}"
+
 
 def check_triton() -> None:
     """Raise LoweringError unless a Triton is there that is new enough."""
@@ -192,6 +197,15 @@ def best_config(
         ):
             return Config(**row["config"])
     return Config()
+
+
+def configuration(op: str, rows: Tensor, n: int, k: int) -> Config:
+    """``best_config`` of a GEMM of ``rows[M, ...]`` with ``n`` columns and depth ``k``."""
+    device = None
+    if rows.is_cuda:
+        device = torch.cuda.current_device() if rows.device.index is None else rows.device.index
+    sizes = {"m": rows.shape[0], "n": n, "k": k}
+    return best_config(op, arch_of(rows.device), sizes, device)
 
 
 @functools.cache

@@ -8,10 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from vdqc.kernels.gpu.runtime import ARCHS
+from vdqc.kernels.gpu.runtime import ARCHS, Config, best_config
 
 #: Modules of this package with a list ``VARIANTS``.
-MODULES = ("gemm",)
+MODULES = (
+    "gemm",
+    "packed_gemm",
+    "attention",
+    "block_mask",
+)
 
 
 @final
@@ -59,6 +64,14 @@ BF16_MMA: Mapping[str, str] = {
     "sm100": r"UTCHMMA|HMMA\.16816",
     "sm120": r"HMMA\.16816",
 }
+
+
+def configurations(op: str, m: int = 1 << 20) -> list[tuple[Config, tuple[str, ...]]]:
+    """What each generation runs ``op`` with for ``m`` rows, and which generations share it."""
+    found: dict[Config, list[str]] = {}
+    for arch in ARCHS:
+        found.setdefault(best_config(op, arch, {"m": m}), []).append(arch)
+    return [(config, tuple(archs)) for config, archs in found.items()]
 
 
 def collect() -> list[Variant]:

@@ -1,0 +1,461 @@
+"""W2 to W7 x A8, and x A4, on Triton: weights stay packed up to the registers.
+
+``packed_matmul`` and ``packed_linear`` have the signatures of the ops. A row of codes is stored in
+runs of columns (``vdqc.base.packing``): a plane is one run of the narrowest part, 8 / width of
+them. One step of the loop loads the bytes that hold ``BLOCK_K`` columns of every plane, and
+multiplies plane by plane with the activations of those columns. Lanes are MSB-aligned, so the sum
+is 2^(8 - bits) times too large (2^(12 - bits) with packed activations) and is shifted right at the
+end. With group multipliers, or a plane of residual signs, lanes are whole weights instead.
+
+The weights are the left operand (``BLOCK_N`` rows): on Hopper that one may come from registers, so
+nothing is unpacked into memory. A width that 8 does not divide has a tail the planes do not reach:
+the weight is then unpacked to int8 first, once per call.
+
+Error: none in the integer part: 128 * 128 * K < 2^31 for K < 131072.
+Source: as ``assembly``; swapping the operands so that weights are read from registers: humming and
+LiquidGEMM, arXiv 2509.01229.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vdqc.base.diagnostics import InputError
+from vdqc.base.packing import packed_bytes, unpack
+from vdqc.kernels.gpu import assembly, gemm
+from vdqc.kernels.gpu.assembly import MULTIPLIED, REGISTERS, TOP_BITS, WITH_SIGNS
+from vdqc.kernels.gpu.epilogue import (
+    ENDS,
+    NO_END,
+    Epilogue,
+    epilogue,
+    tile_of,
+    types,
+    write_tile,
+)
+from vdqc.kernels.gpu.runtime import Config, configuration, on_device, operand
+from vdqc.kernels.gpu.variants import INT8_MMA, Variant, configurations
+
+
+@triton.jit
+def packed_gemm(
+    a,
+    b,
+    multiplier,
+    out,
+    n_rows,
+    n_cols,
+    run,
+    e,
+    BITS: tl.constexpr,
+    CODE_BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SIZE: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    BINARY: tl.constexpr,
+    SLICES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """One tile of the result; ``run`` is the width of a plane.
+
+    WHOLE: BLOCK_K divides the width of a plane. SIZE: columns of a group, 0 for one group or none
+    (a constant, because a division is forty instructions). ONE_GROUP: a block of columns lies in
+    one group. BINARY: codes are 2 q + b and stand for 16 q + multiplier (2b - 1).
+    """
+    FIRST: tl.constexpr = 4 if BITS >= 4 else 2
+    LAST: tl.constexpr = 1 if BITS % 2 == 1 else (2 if BITS % 4 == 2 else 4)
+    PLANES: tl.constexpr = 8 // LAST
+    TILES: tl.constexpr = FIRST // LAST
+    row, col = tile_of(tl.program_id(0), n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP)
+    rows = tl.minimum(row * BLOCK_M + tl.arange(0, BLOCK_M), n_rows - 1).to(tl.int64)
+    cols = tl.minimum(col * BLOCK_N + tl.arange(0, BLOCK_N), n_cols - 1).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    depth = run * PLANES
+    a += rows[None, :] * (run * (PLANES * CODE_BITS // 8)) + k[:, None]
+    b += cols[:, None] * (run * (BITS // LAST)) + k[None, :]
+    if multiplier is not None:
+        multiplier += cols[:, None] * (depth // SIZE if SIZE > 0 else 1)
+    factor = None
+    if SIZE == 0 and multiplier is not None:
+        factor = tl.load(multiplier).to(tl.int32)
+    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    for start in range(0, run, BLOCK_K):
+        inside = start + k < run
+        for tile in tl.static_range(TILES):
+            first = _bytes(b + tile * run, inside[None, :], WHOLE)
+            middle = first
+            last = first
+            if BITS == 7:
+                middle = _bytes(b + (4 + tile % 2) * run, inside[None, :], WHOLE)
+            if LAST < FIRST:
+                last = _bytes(b + run * (BITS // LAST - 1), inside[None, :], WHOLE)
+            for index in tl.static_range(8 // FIRST):
+                total = _plane(
+                    total,
+                    a,
+                    first,
+                    middle,
+                    last,
+                    multiplier,
+                    factor,
+                    start,
+                    run,
+                    inside[:, None],
+                    BITS,
+                    CODE_BITS,
+                    index * TILES + tile,
+                    WHOLE,
+                    SIZE,
+                    ONE_GROUP,
+                    BINARY,
+                )
+        a += BLOCK_K
+        b += BLOCK_K
+    if multiplier is None:
+        total = total >> (8 - BITS)
+    if CODE_BITS == 4:
+        total = total >> 4
+    write_tile(
+        total,
+        out,
+        row * BLOCK_M,
+        col * BLOCK_N,
+        n_rows,
+        n_cols,
+        depth,
+        e,
+        True,
+        SLICES,
+        ACTIVATION,
+        RANK,
+    )
+
+
+@triton.jit
+def _plane(
+    total,
+    a,
+    first,
+    middle,
+    last,
+    multiplier,
+    factor,
+    start,
+    run,
+    inside,
+    BITS: tl.constexpr,
+    CODE_BITS: tl.constexpr,
+    PLANE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SIZE: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    BINARY: tl.constexpr,
+):
+    """``total`` and the products of one block of columns of one plane."""
+    right = _codes(a, inside, run, BITS, CODE_BITS, PLANE, WHOLE)
+    if SIZE > 0:
+        column = PLANE * run + start
+        if not ONE_GROUP:
+            column = (column + tl.arange(0, right.shape[0]))[None, :]
+        factor = tl.load(multiplier + column // SIZE).to(tl.int32)
+    left = _lanes(first, middle, last, factor, BITS, PLANE, BINARY)
+    return tl.dot(left, right, total, out_dtype=tl.int32)
+
+
+@triton.jit
+def _bytes(pointers, inside, WHOLE: tl.constexpr):
+    return tl.load(pointers) if WHOLE else tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
+def _lanes(
+    first,
+    middle,
+    last,
+    factor,
+    BITS: tl.constexpr,
+    PLANE: tl.constexpr,
+    BINARY: tl.constexpr,
+):
+    """The int8 left operand from the bytes of each part of a code."""
+    if BITS == 7:
+        found = _decode((first, middle, last), factor, BITS, PLANE, BINARY)
+    elif BITS == 3 or BITS == 5 or BITS == 6:
+        found = _decode((first, last), factor, BITS, PLANE, BINARY)
+    else:
+        found = _decode((first,), factor, BITS, PLANE, BINARY)
+    return found
+
+
+@triton.jit
+def _decode(words, factor, BITS: tl.constexpr, PLANE: tl.constexpr, BINARY: tl.constexpr):
+    if factor is None:
+        found = tl.inline_asm_elementwise(
+            TOP_BITS[8 * BITS + PLANE], REGISTERS[len(words)], words, tl.int8, True, 4
+        )
+    else:
+        found = tl.inline_asm_elementwise(
+            WITH_SIGNS[PLANE] if BINARY else MULTIPLIED[8 * BITS + PLANE],
+            REGISTERS[len(words) + 4],
+            words + (factor,),  # noqa: RUF005, Triton has no starred expressions
+            tl.int8,
+            True,
+            4,
+        )
+    return found
+
+
+@triton.jit
+def _codes(
+    a,
+    inside,
+    run,
+    BITS: tl.constexpr,
+    CODE_BITS: tl.constexpr,
+    PLANE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The int8 right operand: activations of the columns of ``PLANE``; packed ones MSB-aligned."""
+    if CODE_BITS == 8:
+        found = _bytes(a + PLANE * run, inside, WHOLE)
+    else:
+        HALF: tl.constexpr = 4 if BITS % 2 == 1 else (2 if BITS % 4 == 2 else 1)
+        words = _bytes(a + PLANE % HALF * run, inside, WHOLE)
+        found = _decode((words,), None, 4, PLANE // HALF, False)
+    return found
+
+
+def packed_matmul(
+    codes: Tensor,
+    packed: Tensor,
+    bits: int,
+    multiplier: Tensor | None,
+    binary: bool = False,
+    config: Config | None = None,
+) -> Tensor:
+    """The op of that name: ``codes i8[M, K] -> i32[M, N]``."""
+    out = torch.empty(codes.shape[0], packed.shape[0], dtype=torch.int32, device=codes.device)
+    _run(codes, packed, bits, multiplier, 8, binary, out, Epilogue(), NO_END, config)
+    return out
+
+
+def packed_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    packed: Tensor,
+    bits: int,
+    multiplier: Tensor | None,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    row_sum: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    code_bits: int = 8,
+    binary: bool = False,
+    config: Config | None = None,
+) -> Tensor:
+    """The op of that name."""
+    n = packed.shape[0]
+    if weight_zero_point is not None and row_sum is None and code_bits == 4:
+        row_sum = _unpacked(codes).sum(-1, dtype=torch.int32)
+    end, constants = epilogue(
+        codes,
+        n,
+        scale,
+        zero_point,
+        weight_scale,
+        weight_zero_point,
+        weight_sum,
+        bias,
+        row_sum,
+        activation,
+        gate,
+        residual,
+        down,
+        up,
+    )
+    out = torch.empty(*codes.shape[:-1], n, dtype=dtype, device=codes.device)
+    flat = codes.reshape(-1, codes.shape[-1])
+    _run(flat, packed, bits, multiplier, code_bits, binary, out, end, constants, config)
+    return out
+
+
+def _unpacked(codes: Tensor) -> Tensor:
+    """int8[..., K] from codes packed by four bits."""
+    wide = 2 * codes.shape[-1]
+    return unpack(codes.reshape(-1, codes.shape[-1]), 4, wide).reshape(*codes.shape[:-1], wide)
+
+
+def _wide_weight(
+    packed: Tensor, bits: int, depth: int, multiplier: Tensor | None, binary: bool
+) -> Tensor:
+    """int8[N, K], as ``vdqc.kernels.integer.unpack_weight``."""
+    weight = unpack(packed, bits, depth)
+    if multiplier is None:
+        return weight
+    weight, factor = weight.unflatten(-1, (multiplier.shape[1], -1)), multiplier.unsqueeze(-1)
+    if binary:
+        return ((weight >> 1) * 16 + (2 * (weight & 1) - 1) * factor).flatten(-2)
+    return (weight * factor).flatten(-2)
+
+
+def _run(
+    codes: Tensor,
+    packed: Tensor,
+    bits: int,
+    multiplier: Tensor | None,
+    code_bits: int,
+    binary: bool,
+    out: Tensor,
+    end: Epilogue,
+    constants: dict[str, Any],
+    config: Config | None,
+) -> None:
+    if code_bits not in (4, 8) or not 1 <= bits <= 8:
+        raise InputError(
+            f"expected weights of 1 to 8 bits and codes of 4 or 8, got {bits} and {code_bits}"
+        )
+    if binary and (bits != 5 or multiplier is None):
+        raise InputError(f"expected 5-bit codes and a multiplier with binary, got {bits} bits")
+    codes = operand("codes", codes, torch.uint8 if code_bits == 4 else torch.int8, (None, None))
+    m, depth = codes.shape[0], codes.shape[1] * 8 // code_bits
+    packed = operand("packed", packed, torch.uint8, (None, packed_bytes(bits, depth)), codes.device)
+    n, groups = packed.shape[0], 1
+    if multiplier is not None:
+        multiplier = operand("multiplier", multiplier, torch.int8, (n, None), codes.device)
+        groups = multiplier.shape[1]
+        if groups == 0 or depth % groups:
+            raise InputError(f"multiplier: expected a divisor of K = {depth} groups, got {groups}")
+    if m == 0 or n == 0:
+        return
+    if depth % 8 or bits in (1, 8):
+        weight = _wide_weight(packed, bits, depth, multiplier, binary)
+        gemm.run(_unpacked(codes) if code_bits == 4 else codes, weight, out, end, constants, config)
+        return
+    if config is None:
+        kind = "s" if binary else f"a{code_bits}{'g' if groups > 1 else ''}"
+        config = configuration(f"w{bits}{kind}", codes, n, depth)
+    run = depth // assembly.planes_of(bits)
+    size = depth // groups if groups > 1 else 0
+    block = _block_k(config.block_k, math.gcd(run, size))
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    with on_device(codes):
+        packed_gemm[(tiles,)](
+            codes,
+            packed,
+            multiplier,
+            out,
+            m,
+            n,
+            run,
+            end,
+            BITS=bits,
+            CODE_BITS=code_bits,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=block,
+            GROUP=config.group_m,
+            WHOLE=run % block == 0,
+            SIZE=size,
+            ONE_GROUP=size > 0 and size % block == 0 and run % block == 0,
+            BINARY=binary,
+            SLICES=config.slices,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            enable_fp_fusion=True,
+            **constants,
+        )
+
+
+def _block_k(wanted: int, width: int) -> int:
+    """The greatest power of two up to ``wanted`` that divides ``width``; ``wanted`` if below 32."""
+    fits = min(wanted, width & -width)
+    return fits if fits >= 32 else wanted
+
+
+def _variant(
+    op: str,
+    config: Config,
+    archs: tuple[str, ...],
+    name: str = "plain",
+    bits: int = 4,
+    code_bits: int = 8,
+    size: int = 0,
+    binary: bool = False,
+    end: Epilogue | None = None,
+    rank: int = 1,
+    activation: str = "none",
+) -> Variant:
+    pointers = {"a": "*u8" if code_bits == 4 else "*i8", "b": "*u8", "out": "*bf16"}
+    constants = {
+        "BITS": bits,
+        "CODE_BITS": code_bits,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP": config.group_m,
+        "WHOLE": True,
+        "SIZE": size,
+        "ONE_GROUP": True,
+        "BINARY": binary,
+        "SLICES": config.slices,
+        "ACTIVATION": activation,
+        "RANK": rank,
+    }
+    if size or binary:
+        pointers["multiplier"] = "*i8"
+    else:
+        constants["multiplier"] = None
+    return Variant(
+        name=f"{op}-{config.tile}/{name}",
+        fn=packed_gemm,
+        signature={
+            **pointers,
+            **{"n_rows": "i32", "n_cols": "i32", "run": "i32"},
+            "e": types(bias=True) if end is None else end,
+        },
+        constexprs=constants,
+        options={"num_warps": config.warps, "num_stages": config.stages},
+        archs=archs,
+        expects=INT8_MMA if config.block_n >= 64 else {},
+        aligned=("n_cols", "run"),
+    )
+
+
+def _variants() -> Iterator[Variant]:
+    for config, archs in configurations("w4a8"):
+        for name, end in ENDS.items():
+            yield _variant("w4a8", config, archs, name, **end)
+    formats: list[tuple[str, dict[str, Any]]] = [
+        ("w4a8g", {"size": 128}),
+        ("w4a4", {"code_bits": 4}),
+        *((f"w{bits}a8", {"bits": bits}) for bits in (2, 3, 5, 6, 7)),
+        ("w5s", {"bits": 5, "binary": True}),
+    ]
+    for op, given in formats:
+        for config, archs in configurations(op):
+            yield _variant(op, config, archs, **given)
+    for m in (1, 64):
+        for op, given in [("w4a8", {}), *formats[:1]]:
+            for config, archs in configurations(op, m):
+                yield _variant(op, config, archs, **given)
+
+
+VARIANTS = list(_variants())
