@@ -1,0 +1,439 @@
+"""The trainer's parts: cutting, caching, dealing samples, checkpoints, a kill, two workers."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vdqc.base.diagnostics import ConfigError, Diagnostics, VdqcError
+from vdqc.engine import losses
+from vdqc.engine.block_cache import ActivationCache, parse_bytes
+from vdqc.engine.block_module import BlockModule, Cuts, plan_blocks
+from vdqc.engine.block_trainer import Schedule, train
+from vdqc.engine.checkpoint import Checkpoint, Saved
+from vdqc.engine.distributed import Workers
+from vdqc.engine.pass_manager import Context, PassManager
+from vdqc.engine.recipe import Recipe
+from vdqc.engine.reconstruct import Training, reconstruct
+from vdqc.ir.frontend import capture
+from vdqc.ir.graph import Graph
+from vdqc.ir.learned import frozen
+from vdqc.ir.sample import Sample
+from vdqc.passes.table import PASSES
+from vdqc.testing.harness import AdaLNBlock, assert_close
+
+HERE = Path(__file__)
+
+
+class Stack(nn.Module):
+    """Two blocks that share a context vector, and a linear before them."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, width)
+        self.blocks = nn.ModuleList([AdaLNBlock(width, 2) for _ in range(2)])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y = self.embed(y)
+        for block in self.blocks:
+            x = block(x, y)
+        return x
+
+
+def compressed(width: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Graph, list[Sample]]:
+    torch.manual_seed(0)
+    model = Stack(width).to(dtype).eval()
+    shapes = [(2, 6), (3, 5), (2, 6), (2, 6)]
+    random = torch.Generator().manual_seed(1)
+    samples = [
+        Sample(
+            {
+                "x": torch.randn(batch, tokens, width, generator=random).to(dtype),
+                "y": torch.randn(batch, width, generator=random).to(dtype),
+            }
+        )
+        for batch, tokens in shapes
+    ]
+    graph = capture(model, samples)
+    passes = "canonicalize,annotate{keep=nothing},rotate,smooth{learn=true},quant{clip=learned}"
+    recipe = Recipe.parse(passes, PASSES, ["w4a4"])
+    PassManager(recipe.passes, probe=False).run(graph, Context(samples, rules=recipe.rules))
+    return graph, samples
+
+
+@pytest.fixture(scope="module")
+def stack() -> tuple[Graph, list[Sample]]:
+    return compressed()
+
+
+def fresh(stack: tuple[Graph, list[Sample]]) -> tuple[Graph, list[Sample]]:
+    """The same again, with parameters of its own."""
+    twin = frozen(stack[0])
+    for name in stack[0].free:
+        twin.set_param(name, stack[0].param(name).detach().clone(), free=True)
+    return twin, stack[1]
+
+
+def training(folder: Path | None = None, **schedule: int) -> Training:
+    plan = {"epochs": 2, "check": 1, **schedule}
+    return Training(losses.parse("block"), Schedule(**plan), checkpoint=folder)
+
+
+# cutting ----------------------------------------------------------------------------------------
+
+
+def test_pieces_are_the_blocks_and_what_is_trained_before_them(
+    stack: tuple[Graph, list[Sample]],
+) -> None:
+    graph = stack[0].clone()
+    pieces = plan_blocks(graph, frozen(graph))
+    trained = [piece.name for piece in pieces if piece.free]
+    assert trained == ["before blocks.0", "blocks.0", "blocks.1"]
+    owned = [name for piece in pieces for name in piece.free]
+    assert sorted(owned) == sorted(graph.free)
+    assert len(owned) == len(set(owned))
+    # every block reads one modulation: its quantiser is in the first, its parameters too
+    shared = next(piece for piece in pieces if piece.name == "blocks.0").free
+    assert "blocks.0.modulation.smooth" in shared
+    assert "blocks.1.modulation.smooth" not in owned
+
+
+def test_pieces_one_after_the_other_are_the_program(stack: tuple[Graph, list[Sample]]) -> None:
+    graph, samples = stack
+    cuts = Cuts(graph)
+    inputs = graph.signature.bind((), samples[1].inputs)
+    values = dict(zip([node.name for node in graph.inputs], inputs, strict=True))
+    with torch.no_grad():
+        for piece in plan_blocks(graph, frozen(graph)):
+            made, _ = BlockModule(cuts, piece.student_reads, piece.makes, piece.free)(values)
+            values.update(made)
+        (expected,) = graph.run_inputs(inputs)
+    assert torch.equal(values[cuts.keys[graph.output.all_input_nodes[0]]], expected)
+
+
+def test_a_piece_trains_the_graphs_own_parameters(stack: tuple[Graph, list[Sample]]) -> None:
+    graph = stack[0]
+    piece = plan_blocks(graph, frozen(graph))[1]
+    module = BlockModule(Cuts(graph), piece.student_reads, piece.makes, piece.free)
+    own = {id(graph.param(name)) for name in piece.free}
+    assert {id(parameter) for parameter in module.parameters()} == own
+    fixed = BlockModule(Cuts(graph), piece.student_reads, piece.makes)
+    assert not list(fixed.parameters())
+    operators = [str(node.target) for node in fixed.program.graph.nodes]
+    assert not [name for name in operators if "amax" in name]  # weights are quantised once
+
+
+def test_taps_are_what_enters_an_attention(stack: tuple[Graph, list[Sample]]) -> None:
+    graph, samples = stack
+    piece = next(p for p in plan_blocks(graph, frozen(graph)) if p.name == "blocks.1")
+    module = BlockModule(Cuts(graph), piece.student_reads, piece.makes, taps=["query", "key"])
+    seen: dict[str, Tensor] = {}
+    keys = Cuts(graph).keys
+
+    def look(node: torch.fx.Node, value: object) -> None:
+        if node in keys:
+            seen[keys[node]] = value  # type: ignore[assignment]
+
+    with torch.no_grad():
+        graph.run_inputs(graph.signature.bind((), samples[0].inputs), look)
+        _, taps = module(seen)
+    assert {name.rpartition("/")[2] for name in taps} == {"query", "key"}
+    assert all(value.shape == (2, 2, 6, 8) for value in taps.values())
+
+
+# caching ----------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(0, 400),
+    st.lists(
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
+            st.lists(st.integers(0, 5), max_size=3),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+)
+def test_what_is_cached_comes_back(
+    memory: int, entries: list[tuple[torch.dtype, list[int]]]
+) -> None:
+    cache = ActivationCache(memory)
+    values = [(torch.randn(shape) * 3).to(dtype) for dtype, shape in entries]
+    for index, value in enumerate(values):
+        cache.put(index, "a", value)
+        cache.put(index, "b", value)
+    cache.put(0, "size", 7)
+    assert cache.peak_held <= memory
+    cache.keep_only({"b", "size"})
+    assert cache.get(0, "size") == 7
+    assert not cache.has(0, "a")
+    for index, value in enumerate(values):
+        found = cache.get(index, "b")
+        assert found.dtype == value.dtype
+        assert torch.equal(found, value)
+
+
+def test_a_spilled_value_has_no_name_on_disk(tmp_path: Path) -> None:
+    cache = ActivationCache(0, tmp_path)
+    cache.put(0, "x", torch.ones(1000))
+    assert cache.spilled == 4000
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(cache.get(0, "x"), torch.ones(1000))
+
+
+def test_a_view_does_not_keep_what_it_is_part_of() -> None:
+    cache = ActivationCache(2**20)
+    cache.put(0, "x", torch.zeros(1000, 100)[:, :2])
+    assert cache.get(0, "x").untyped_storage().nbytes() == 8000
+
+
+def test_sizes_in_words() -> None:
+    assert parse_bytes("2GiB") == 2 * 2**30
+    assert parse_bytes("1.5MB") == 1_500_000
+    assert parse_bytes("17") == 17
+    with pytest.raises(ConfigError, match="expected a size such as 2GiB or 500MB, got '2 houses'"):
+        parse_bytes("2 houses")
+
+
+# stepping ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 20), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.integers(0, 3))
+def test_every_sample_is_seen_once_an_epoch_by_one_worker(
+    count: int, lanes: int, size: int, epoch: int
+) -> None:
+    schedule = Schedule(batch=lanes).for_workers(Workers(0, size), Diagnostics())
+    batches = schedule.order(count, epoch, shuffled=True)
+    assert sorted(itertools.chain(*batches)) == list(range(count))
+    assert len(batches) * schedule.epochs == schedule.steps(count)
+    shards = [schedule.shard(count, Workers(rank, size)) for rank in range(size)]
+    assert sorted(itertools.chain(*shards)) == list(range(count))
+    whole = [batch for batch in batches if len(batch) == schedule.batch]
+    assert all(
+        sum(sample in shards[rank] for sample in batch) == schedule.batch // size
+        for batch in whole
+        for rank in range(size)
+    )
+
+
+def test_rates_by_kind_and_cosine() -> None:
+    schedule = Schedule()
+    assert schedule.rate_of("blocks.0.fc1.smooth") == 5e-3
+    assert schedule.rate_of("blocks.0.fc1.rotation_left_v") == 5e-3
+    assert schedule.rate_of("blocks.0.fc1.weight_clip_low") == 5e-2
+    assert schedule.rate_of("clip.0.fc1.input_step") == 5e-2
+    assert schedule.rate_of("clip.0.fc1.branch_down") == 1e-4
+    assert schedule.factor(0, 100) == 1.0
+    assert schedule.factor(100, 100) == pytest.approx(1e-3)
+    assert schedule.factor(50, 100) == pytest.approx(0.5, abs=1e-3)
+
+
+class Bowl:
+    """(p - sample)² over samples 0, 1, 2; the rate decides whether it converges."""
+
+    def __init__(self, p: nn.Parameter) -> None:
+        self.p, self.state, self.remembers = p, {}, False  # type: ignore[var-annotated]
+
+    def __call__(self, sample: int) -> tuple[Tensor, dict[str, float]]:
+        return (self.p - sample).square().sum(), {"bowl": 0.0}
+
+    def evaluate(self, samples: list[int]) -> tuple[float, dict[str, float], int]:
+        total = sum(float(self(sample)[0].detach()) for sample in samples)
+        return total, {"bowl": total}, len(samples)
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0, 50.0])
+def test_never_worse_than_the_start(rate: float) -> None:
+    p = nn.Parameter(torch.tensor([1.2]))
+    start = float((p.detach() - torch.arange(3)).square().mean())
+    outcome = train({"p": p}, Bowl(p), Schedule(rate=rate), 3, Workers(), lambda: None)
+    assert outcome.start == pytest.approx(start)
+    assert outcome.best <= outcome.start
+    assert float((p.detach() - torch.arange(3)).square().mean()) == pytest.approx(outcome.best)
+
+
+def test_training_stops_early() -> None:
+    p = nn.Parameter(torch.tensor([1.0]))  # the optimum
+    schedule = Schedule(rate=1e-9, check=1, patience=2)
+    outcome = train({"p": p}, Bowl(p), schedule, 3, Workers(), lambda: None)
+    assert outcome.epochs == 2
+
+
+# checkpoints ------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_comes_back_and_damage_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoint, diagnostics = Checkpoint(tmp_path), Diagnostics()
+    saved = Saved({"a.clip": torch.randn(3)}, {"term|x": torch.ones(2)}, {"best": 0.5})
+    file = checkpoint.save(3, "before blocks.0", saved)
+    assert file is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["003-before-blocks.0.safetensors"]
+    found = checkpoint.load(3, "before blocks.0", diagnostics)
+    assert found is not None
+    assert torch.equal(found.params["a.clip"], saved.params["a.clip"])
+    assert torch.equal(found.state["term|x"], saved.state["term|x"])
+    assert found.facts == saved.facts
+    assert checkpoint.load(4, "blocks.0", diagnostics) is None
+    file.write_bytes(file.read_bytes()[:20])
+    assert checkpoint.load(3, "before blocks.0", diagnostics) is None
+    assert [entry.code for entry in diagnostics] == ["damaged-checkpoint"]
+
+
+def test_another_sample_is_another_checkpoint(
+    stack: tuple[Graph, list[Sample]], tmp_path: Path
+) -> None:
+    samples = stack[1]
+    for number, chosen in enumerate((samples, samples[:3], samples)):
+        results = reconstruct(fresh(stack)[0], Context(chosen), training(tmp_path, epochs=1))
+        assert {result.resumed for result in results} == {number == 2}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# other processes --------------------------------------------------------------------------------
+
+
+def child(folder: Path, out: Path, batch: int, die: str) -> None:
+    """One worker, or the process that is killed; ``die`` names the last block that it finishes."""
+    graph, samples = compressed()
+    ctx = Context(samples)
+    if die:
+        ctx.progress = lambda items, description: _deadly(items, folder, die)
+    diagnostics = ctx.diagnostics
+    reconstruct(graph, ctx, training(folder, batch=batch, epochs=3))
+    values = {name: graph.param(name).tolist() for name in sorted(graph.free)}
+    rank = os.environ.get("RANK", "0")
+    (out / f"{rank}.json").write_text(json.dumps(values))
+    assert not [entry for entry in diagnostics if entry.severity == "warning"]
+
+
+def _deadly(items: object, folder: Path, block: str) -> object:
+    """Progress that kills the process two steps after ``block`` was saved."""
+    saved = f"???-{block}.safetensors"
+    steps = 0
+    for item in items:  # type: ignore[attr-defined]
+        steps += bool(list(folder.rglob(saved)))
+        if steps == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+
+
+def start(arguments: list[str], **environment: str) -> "subprocess.Popen[str]":
+    code = (
+        "import importlib.util as u, sys; from pathlib import Path;"
+        f"s = u.spec_from_file_location('child', {str(HERE)!r}); m = u.module_from_spec(s);"
+        "s.loader.exec_module(m); a = sys.argv[1:];"
+        "m.child(Path(a[0]), Path(a[1]), int(a[2]), a[3])"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(stack: tuple[Graph, list[Sample]]) -> dict[str, Tensor]:
+    """What one process makes with a batch of two."""
+    graph, samples = fresh(stack)
+    reconstruct(graph, Context(samples), training(batch=2, epochs=3))
+    return {name: graph.param(name).detach() for name in graph.free}
+
+
+def test_a_killed_run_goes_on_without_training_a_block_again(
+    tmp_path: Path, stack: tuple[Graph, list[Sample]], alone: dict[str, Tensor]
+) -> None:
+    checkpoints, out = tmp_path / "checkpoints", tmp_path / "out"
+    out.mkdir()
+    process = start([str(checkpoints), str(out), "2", "blocks.0"])
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == -signal.SIGKILL, output
+    finished = sorted(checkpoints.rglob("*.safetensors"))
+    assert [file.name[4:] for file in finished] == [
+        "before-blocks.0.safetensors",
+        "blocks.0.safetensors",
+    ]
+    times = [file.stat().st_mtime_ns for file in finished]
+    graph, samples = fresh(stack)
+    results = reconstruct(graph, Context(samples), training(checkpoints, batch=2, epochs=3))
+    assert [result.resumed for result in results] == [True, True, False]
+    assert [file.stat().st_mtime_ns for file in finished] == times
+    assert not list(checkpoints.rglob("*.partial"))
+    for name, value in alone.items():
+        assert torch.equal(graph.param(name), value), name
+
+
+def _free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@contextmanager
+def other_worker(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], die: str = ""
+) -> Iterator["subprocess.Popen[str]"]:
+    """This process is worker 0 of 2, as torchrun would tell it; the other one is a child."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    process = start([*arguments, die], RANK="1", **common)
+    for name, value in {**common, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def test_two_workers_make_what_one_process_makes(
+    tmp_path: Path,
+    stack: tuple[Graph, list[Sample]],
+    alone: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    graph, samples = fresh(stack)
+    ctx = Context(samples)
+    with other_worker(monkeypatch, [str(checkpoints), str(tmp_path), "1"]) as process:
+        reconstruct(graph, ctx, training(checkpoints, batch=1, epochs=3))
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    other = json.loads((tmp_path / "1.json").read_text())
+    assert [entry.code for entry in ctx.diagnostics if entry.code == "batch"]
+    for name, value in alone.items():
+        found = graph.param(name).detach()
+        assert found.tolist() == other[name], name  # every worker holds the same
+        # sums in another order: equal to rounding, of which Adam makes a little more
+        assert_close(found, value)
+
+
+def test_a_lost_worker_is_named_and_its_run_goes_on(
+    tmp_path: Path, stack: tuple[Graph, list[Sample]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    graph, samples = fresh(stack)
+    arguments = [str(checkpoints), str(tmp_path), "2"]
+    with other_worker(monkeypatch, arguments, die="blocks.0") as process:
+        with pytest.raises(VdqcError, match="worker 0 of 2 lost another one") as caught:
+            reconstruct(graph, Context(samples), training(checkpoints, batch=2, epochs=3))
+        process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert caught.value.diagnostic.code == "worker-lost"
+    assert "finished blocks are not trained again" in str(caught.value.diagnostic)
+    monkeypatch.delenv("WORLD_SIZE")
+    graph, samples = fresh(stack)
+    results = reconstruct(graph, Context(samples), training(checkpoints, batch=2, epochs=3))
+    assert [result.resumed for result in results] == [True, True, False]
