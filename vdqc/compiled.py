@@ -7,6 +7,7 @@ diffusers and transformers pipelines read; the original's source is neither need
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +39,9 @@ def load(
     Weights are mapped from their files, so that they are read when first used. ``dtype`` only
     asserts: a program computes in the dtype that it was captured in. ``verify=False`` skips the
     hashes of the files. ``aot`` runs the AOTInductor package of the folder: that is native code,
-    so ask for it only if you trust where the folder came from. Raises ArtifactError for a folder
-    that is damaged, foreign or newer.
+    so ask for it only if you trust where the folder came from. A program for a GPU also runs on a
+    CPU, slowly, with a warning: its kernels' references are the same function. Raises ArtifactError
+    for a folder that is damaged, foreign or newer.
     """
     register_kernels()
     found = artifact.read(path, verify=verify)
@@ -51,6 +53,12 @@ def load(
             "compile the model again, loaded in that dtype",
         )
     model = model.to(device)
+    if model.target.device == "cuda" and not torch.cuda.is_available():
+        warnings.warn(
+            f"{path} was compiled for {model.target} and runs here through the references of its "
+            "kernels, which are slow: compile with --target cpu to run it on this machine",
+            stacklevel=2,
+        )
     if aot:
         model.__dict__["_package"] = PackagedProgram(found.path)
     return model

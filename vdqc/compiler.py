@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from vdqc import report
 from vdqc.aot import PACKAGE, package
 from vdqc.base import numerics
-from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError, VerifyError
-from vdqc.base.target import TARGETS, Target
+from vdqc.base.diagnostics import Diagnostics, InputError, VerifyError
+from vdqc.base.target import Target
 from vdqc.bypassed import refuse_bypassed_hooks
 from vdqc.calls import flat_output, users_code
 from vdqc.engine.pass_manager import Context, PassManager, PassRecord, check_order, probe_output
@@ -143,22 +143,14 @@ def complete(recipe: Recipe) -> Recipe:
 
 
 def usable_target(text: str, diagnostics: Diagnostics) -> Target:
-    """The target that ``text`` names, if kernels for it exist; ``auto`` falls back to the CPU."""
-    if text == "auto":
-        if torch.cuda.is_available():
-            diagnostics.warning(
-                "",
-                "no-gpu-kernels",
-                "this machine has a GPU, for which there are no kernels yet: compiling for the CPU",
-                "say --target cpu to choose this without a warning",
-            )
-        return TARGETS["cpu"]
+    """The target that ``text`` names; a remark where this machine cannot run its kernels."""
     target = Target.parse(text)
-    if target.device != "cpu":
-        raise ConfigError(
-            f"target '{target}' has no kernels yet: expected 'cpu' (or 'auto')",
-            "the recipe itself does not depend on the target: compile for the CPU to measure it",
-            code="no-gpu-kernels",
+    if target.device == "cuda" and not torch.cuda.is_available():
+        diagnostics.remark(
+            "",
+            "no-gpu",
+            f"compiling for {target} on a machine without a GPU: what runs here runs through the "
+            "kernels' references",
         )
     return target
 

@@ -73,7 +73,6 @@ def explosive(tmp_path) -> Path:
         (["--scheme", "w9a8"], "unknown scheme 'w9a8'"),
         (["--scheme", "blocks.*=int8"], "unknown scheme 'int8'"),
         (["--target", "sm9"], "did you mean 'sm90'?"),
-        (["--target", "sm90"], "'sm90' has no kernels yet"),
         (["--passes", "quant,rotate"], "'rotate' runs at annotated"),
         (["--passes", "quant,rotate"], "put 'rotate' earlier"),
         (["--passes", "rotate,canonicalize"], "'canonicalize' runs at captured"),
