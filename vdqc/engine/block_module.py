@@ -115,8 +115,10 @@ def boundary_key(node: fx.Node) -> str | None:
     if node.op != "call_function":
         return None
     entries = note(node)
+    if "whole" in entries:  # the sum of a site and its branch, or its rows put together again
+        return str(entries["whole"])
     if "site" in entries:
-        return str(entries["site"])
+        return None if entries.get("partial") else str(entries["site"])
     origin = str(entries.get("origin", "")).partition("{")[0]
     return node.name if origin in SPELLING else None
 

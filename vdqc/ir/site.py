@@ -41,7 +41,8 @@ def note(node: fx.Node) -> Mapping[str, Any]:
     """What vdqc knows about ``node``; written by ``set_note`` only.
 
     Keys in use: ``site`` (name), ``kind``, ``scheme`` (text), ``role`` (what annotate found),
-    ``origin`` (text of the pass that made the node).
+    ``origin`` (text of the pass that made the node); ``partial`` (the site's node computes only a
+    part of its value) and ``whole`` (name of the site whose value this node puts together).
     """
     entries: Mapping[str, Any] = node.meta.get("custom", {}).get("vdqc", {})
     return entries

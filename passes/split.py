@@ -1,0 +1,421 @@
+"""Splits a small branch off a linear, that carries what its quantised weight loses.
+
+::
+
+    svd     linear(x, @w, b)         ->  linear(x, @w - up·down, b) + linear(linear(x, down), up)
+    oolri   linear(q, Q(@w), b)      ->  linear(q, Q(@w), b) + linear(linear(x, down), up)
+    tqe     linear(q, Q(@w), b)      ->  linear(q, Q(@w), b) + linear(linear(q, alpha)·M, beta)
+
+``svd`` (SVDQuant) takes the leading singular vectors out of the weight before it is quantised: it
+is exact, and runs in front of ``quant``; whether ``smooth`` comes before it is the recipe's choice.
+The others know the quantised weight and run behind ``quant``. ``oolri`` starts at the leading
+singular vectors of W - Q(W); ``placement=inner`` trains them inside the quantiser of the quantised
+weight, Q(Q(W) + up·down), from which nothing is left at run time. ``tqe`` has rank 1, reads the
+quantised input q, and multiplies the tokens of frame i by M_i; beta starts at 0, so that it changes
+nothing before ``distill``, unless ``init=svd``. Text tokens have gain 1.
+
+Source: Li et al., SVDQuant, arXiv 2411.05007, section 4.2; Feng et al., Q-VDiT, arXiv 2505.22167,
+section 3.2 (token-aware estimator); Feng et al., MPQ-DMv2, arXiv 2507.04290, figure 2
+(initialisation from the error; placement and scaling of the factors are ours).
+Invariant: svd leaves the function as it is, and so does tqe until it is trained; biases stay.
+Online: 2·R·(K + N) operations a token beside the 2·K·N of the linear.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, fx
+
+from vdqc.base import numerics
+from vdqc.base.branches import alternating_factors, frame_gain, leading_factors
+from vdqc.base.diagnostics import ConfigError, OrderError
+from vdqc.base.rounding import output_error
+from vdqc.base.scheme import QuantSpec
+from vdqc.engine.frames import site_frames, sizes_of
+from vdqc.engine.moments import input_moments
+from vdqc.engine.pass_manager import Context, Pass, PassResult
+from vdqc.ir.frame_gain import linear_frames, size_builder, times_gain
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.learned import cast, parameter_dtype
+from vdqc.ir.ops import FAKE_QUANTIZE
+from vdqc.ir.peers import param_name, quantised_groups
+from vdqc.ir.site import Site, note, set_note
+
+aten = torch.ops.aten
+
+
+class Branch(enum.StrEnum):
+    """What the branch is and where it starts."""
+
+    SVD = "svd"
+    OOLRI = "oolri"
+    TQE = "tqe"
+
+
+class Placement(enum.StrEnum):
+    """Beside the quantised linear, or inside the quantiser of its weight."""
+
+    OUTER = "outer"
+    INNER = "inner"
+
+
+class Init(enum.StrEnum):
+    """Where alpha and beta of tqe start."""
+
+    ZERO = "zero"
+    SVD = "svd"
+
+
+class Gain(enum.StrEnum):
+    """Where the gains of frames start: eta / omega of the samples, at 1, or there are none."""
+
+    FRAMES = "frames"
+    ONES = "ones"
+    NONE = "none"
+
+
+@final
+@dataclass(frozen=True)
+class Split(Pass):
+    """Adds a branch to each quantised linear.
+
+    Attributes:
+        branch: ``svd`` before quant; ``tqe`` or ``oolri`` behind it.
+        rank: of svd and oolri; at most the least side of a weight.
+        rounds: of svd: how often to take the factors anew from what quantisation leaves, while the
+            output error falls (the paper: 1; its code: 100).
+        placement: of oolri.
+        init: of tqe: ``svd`` starts at the leading singular pair of W - Q(W).
+        gain: of tqe.
+        learn: leave the branch free for ``distill``; by default tqe and oolri.
+        select: glob of sites.
+    """
+
+    branch: Branch = Branch.SVD
+    rank: int = 32
+    rounds: int = 1
+    placement: Placement = Placement.OUTER
+    init: Init = Init.ZERO
+    gain: Gain = Gain.FRAMES
+    learn: bool | None = None
+    select: str = "*"
+
+    name: ClassVar[str] = "split"
+    at: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED, Stage.COMPRESSED})
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for option, value in (("rank", self.rank), ("rounds", self.rounds)):
+            if value < (1 if option == "rounds" else 0):
+                raise ConfigError(f"split.{option}: got {value}, expected more")
+        behind = self.branch is not Branch.SVD
+        stage = Stage.COMPRESSED if behind else Stage.ANNOTATED
+        # of the instance, so that a wrong order is refused before a model is loaded
+        object.__setattr__(self, "at", frozenset({stage}))
+        exact = not behind or (self.branch is Branch.TQE and self.init is Init.ZERO)
+        object.__setattr__(self, "exact", exact)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the branch is free."""
+        return self.branch is not Branch.SVD if self.learn is None else self.learn
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        """Split; facts: per site the rank and bytes of its branch, and what is known of it."""
+        sites = [s for g in quantised_groups(graph, self.select) for s in g if matches(s, ctx)]
+        if self.branch is Branch.SVD:
+            found = self.svd(graph, sites, ctx)
+        elif self.branch is Branch.OOLRI:
+            found = {site.name: self.oolri(graph, site, ctx) for site in sites}
+        else:
+            found = self.tqe(graph, sites, ctx)
+        return PassResult(len(found), {"branches": found})
+
+    # svd --------------------------------------------------------------------------------------
+
+    def svd(self, graph: Graph, sites: list[Site], ctx: Context) -> dict[str, Any]:
+        """Take the leading singular vectors of each weight out of it."""
+        made: dict[str, tuple[Tensor, Tensor, int]] = {}
+        for group, moment in self.moments(graph, sites, ctx):
+            for site in group:
+                rank = self.fitting(site, ctx)
+                made[site.name] = svd_factors(graph, site, rank, self.rounds, moment)
+        facts = {}
+        for site in sites:
+            up, down, rounds = made.pop(site.name)
+            nodes = self.factors(graph, site, up, down)
+            product = graph.call(aten.matmul.default, *nodes, before=site.node)
+            rest = graph.call(aten.sub.Tensor, site.weight, product, before=site.node)
+            graph.set_operand(site.node, 1, rest)
+            attach(graph, site, branch(graph, site, site.input, *nodes))
+            facts[site.name] = {**size_facts(up, down), "rounds": rounds}
+        return facts
+
+    def moments(
+        self, graph: Graph, sites: list[Site], ctx: Context
+    ) -> list[tuple[list[Site], Tensor | None]]:
+        """Sites with the second moment of their inputs, where rounds are judged by it."""
+        if self.rounds == 1 or not ctx.samples or not sites:
+            return [([site], None) for site in sites]
+        wanted = {site.name for site in sites}
+        groups = [
+            kept
+            for group in graph.groups(self.select)
+            if (kept := [site for site in group if site.name in wanted])
+        ]
+        walk = input_moments(graph, ctx.samples, groups, progress=ctx.progress)
+        return [(list(group), moment) for group, moment in walk]
+
+    # behind quant -----------------------------------------------------------------------------
+
+    def oolri(self, graph: Graph, site: Site, ctx: Context) -> dict[str, Any]:
+        """A branch that starts at the leading singular vectors of the weight's error."""
+        weight, quantised = weights(graph, site)
+        error = (weight - quantised).to(parameter_dtype(weight.dtype))
+        up, down = leading_factors(error, self.fitting(site, ctx))
+        left = float((error - up @ down).norm() / error.norm().clamp_min(1e-30))
+        if self.placement is Placement.INNER:
+            inside(graph, site, quantised, self.factors(graph, site, up, down, wide=True))
+            return {"rank": up.shape[1], "bytes": 0, "error_left": round(left, 4)}
+        dtype = weight.dtype
+        nodes = self.factors(graph, site, up.to(dtype), down.to(dtype))
+        attach(graph, site, branch(graph, site, unquantised(site.input), *nodes))
+        facts = size_facts(up.to(dtype), down.to(dtype))
+        return {**facts, "error_left": round(left, 4)}
+
+    def tqe(self, graph: Graph, sites: list[Site], ctx: Context) -> dict[str, Any]:
+        """Rank-1 branches on quantised inputs, with a gain for each frame."""
+        layouts = {site.name: linear_frames(graph, site) for site in sites}
+        if self.gain is Gain.NONE:
+            layouts = dict.fromkeys(layouts)
+        gains = observed_gains(graph, sites, layouts, ctx, ones=self.gain is Gain.ONES)
+        generator = torch.Generator().manual_seed(ctx.seed)
+        sizes, facts = size_builder(graph), {}
+        for site in ctx.progress(sites, "split"):
+            beta, alpha = self.estimator(graph, site, generator)
+            nodes = self.factors(graph, site, beta, alpha)
+            gain, layout = gains.get(site.name), layouts[site.name]
+            facts[site.name] = size_facts(beta, alpha)
+            if gain is None or layout is None:
+                if self.gain is not Gain.NONE:
+                    ctx.diagnostics.remark(
+                        site.name, "no-frames", "its tokens are of no known frames: gain 1"
+                    )
+                attach(graph, site, branch(graph, site, site.input, *nodes))
+                continue
+            name = param_name(site, "branch_gain")
+            node = graph.set_param(name, gain, free=self.learned)
+
+            def times(
+                narrow: fx.Node, node: fx.Node = node, layout: Any = layout, site: Site = site
+            ) -> fx.Node:
+                return times_gain(sizes, narrow, node, layout, site.node)
+
+            attach(graph, site, branch(graph, site, site.input, *nodes, times))
+            facts[site.name]["bytes"] += 4 * gain.numel()
+            facts[site.name]["gain"] = [round(float(m), 3) for m in gain]
+        return facts
+
+    def estimator(
+        self, graph: Graph, site: Site, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """(beta [N, 1], alpha [1, K]) of tqe."""
+        rows, width = site.weight.meta["val"].shape
+        dtype = site.weight.meta["val"].dtype
+        if self.init is Init.SVD:
+            weight, quantised = weights(graph, site)
+            up, down = leading_factors((weight - quantised).float(), 1)
+            return up.to(dtype), down.to(dtype)
+        bound = (6 / width) ** 0.5  # Kaiming: uniform, gain sqrt(2)
+        alpha = (2 * torch.rand(1, width, generator=generator) - 1) * bound
+        return torch.zeros(rows, 1, dtype=dtype), alpha.to(dtype)
+
+    def factors(
+        self, graph: Graph, site: Site, up: Tensor, down: Tensor, *, wide: bool = False
+    ) -> tuple[fx.Node, fx.Node]:
+        """The factors as parameters of ``site``, and in its dtype unless they stay ``wide``."""
+        dtype, nodes = site.weight.meta["val"].dtype, []
+        for leaf, value in (("branch_up", up), ("branch_down", down)):
+            value = value.to(parameter_dtype(dtype) if self.learned or wide else dtype)
+            node = graph.set_param(param_name(site, leaf), value, free=self.learned or wide)
+            nodes.append(node if wide else cast(graph, node, dtype, site.node))
+        return nodes[0], nodes[1]
+
+    def fitting(self, site: Site, ctx: Context) -> int:
+        """The rank that the weight of ``site`` has room for."""
+        least = min(site.weight.meta["val"].shape)
+        if self.rank > least:
+            ctx.diagnostics.remark(
+                site.name, "branch-rank", f"rank {self.rank} is cut to {least}, that of its weight"
+            )
+        return min(self.rank, least)
+
+
+# match ------------------------------------------------------------------------------------------
+
+
+def matches(site: Site, ctx: Context) -> bool:
+    """True if the weight of ``site`` is quantised and has no branch yet."""
+    if site.scheme is None or site.scheme.weight is None:
+        return False
+    if note(site.node).get("partial"):
+        ctx.diagnostics.remark(site.name, "already-split", "it has a branch already")
+        return False
+    return True
+
+
+# math -------------------------------------------------------------------------------------------
+
+
+def svd_factors(
+    graph: Graph, site: Site, rank: int, rounds: int, moment: Tensor | None
+) -> tuple[Tensor, Tensor, int]:
+    """(up, down, rounds of use) for the weight of ``site`` under its scheme."""
+    weight = graph.evaluate(site.weight)
+    assert site.scheme is not None
+    spec = site.scheme.weight
+    assert spec is not None
+    wide = weight.to(parameter_dtype(weight.dtype))
+
+    def error(difference: Tensor) -> float:
+        if moment is None:
+            return float(difference.square().sum())
+        return float(output_error(difference.to(moment.dtype), moment).sum())
+
+    up, down, used = alternating_factors(wide, rank, lambda w: nearest(w, spec), error, rounds)
+    return up.to(weight.dtype), down.to(weight.dtype), used
+
+
+def nearest(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """``weight`` rounded to nearest over its whole range."""
+    scale, zero_point = numerics.scale_from_range(*numerics.value_range(weight, spec), spec)
+    return numerics.fake_quantize(weight, scale, zero_point, spec)
+
+
+def observed_gains(
+    graph: Graph,
+    sites: list[Site],
+    layouts: Mapping[str, Mapping[str, Any] | None],
+    ctx: Context,
+    *,
+    ones: bool,
+) -> dict[str, Tensor]:
+    """M float32[F] of each site whose tokens are of known frames; F is that of the first sample."""
+    if not ctx.samples:
+        return {}
+    calls = [graph.signature.bind((), sample.inputs) for sample in ctx.samples]
+    maps = [sizes_of(graph.signature, inputs) for inputs in calls]
+    layout_of = {site.input: layouts[site.name] for site in sites}
+    named = {node: layout for node, layout in layout_of.items() if layout is not None}
+    frames = {node: site_frames(layout, maps[0]) for node, layout in named.items()}
+    counts = {node: found.frames for node, found in frames.items() if found is not None}
+    sums = {node: torch.zeros(4, count, dtype=torch.float64) for node, count in counts.items()}
+    if not ones:
+        for inputs, sizes in zip(calls, maps, strict=True):
+            _add_frames(graph, inputs, sizes, named, sums)
+    gains = {}
+    for node, (dot, before, after, magnitude) in sums.items():
+        cosine = dot / (before * after).sqrt().clamp_min(1e-30)
+        gains[node] = torch.ones(counts[node]) if ones else frame_gain(cosine, magnitude).float()
+    return {site.name: gains[site.input] for site in sites if site.input in gains}
+
+
+def _add_frames(
+    graph: Graph,
+    inputs: list[Any],
+    sizes: Mapping[str, int],
+    layouts: Mapping[fx.Node, Mapping[str, Any]],
+    sums: dict[fx.Node, Tensor],
+) -> None:
+    """Add one call's x·Q(x), |x|², |Q(x)|² and sum |x| of each frame; rows of ``sums``."""
+    floats: dict[fx.Node, Tensor] = {}
+    waiting = Counter(unquantised(node) for node in sums)
+
+    def look(node: fx.Node, value: Any) -> None:
+        if node in waiting:
+            floats[node] = value
+        if node not in sums:
+            return
+        source = unquantised(node)
+        q, x = value.double(), floats[source].double()
+        waiting[source] -= 1
+        if not waiting[source]:
+            del floats[source]
+        frames = site_frames(layouts[node], sizes)
+        if frames is None or frames.frames != sums[node].shape[1]:
+            return
+        parts = [x * q, x.square(), q.square(), x.abs()]
+        index = frames.index.to(x.device)
+        for row, part in zip(sums[node], parts, strict=True):
+            tokens = part.sum(-1).reshape(-1, part.shape[-2]).sum(0)
+            row.index_add_(0, index[index >= 0], tokens[index >= 0].to(row.device))
+
+    graph.run_inputs(inputs, look)
+
+
+def size_facts(up: Tensor, down: Tensor) -> dict[str, Any]:
+    """Rank and bytes of two factors."""
+    stored = up.numel() * up.itemsize + down.numel() * down.itemsize
+    return {"rank": up.shape[1], "bytes": stored}
+
+
+# rewrite ----------------------------------------------------------------------------------------
+
+
+def unquantised(node: fx.Node) -> fx.Node:
+    """What a quantiser reads; the node itself if it is none."""
+    if node.target is not FAKE_QUANTIZE:
+        return node
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def weights(graph: Graph, site: Site) -> tuple[Tensor, Tensor]:
+    """The weight of ``site`` in front of its quantiser and behind it."""
+    if site.weight.target is not FAKE_QUANTIZE:
+        raise OrderError(f"{site.name}: expected a quantised weight", "put split behind quant")
+    return graph.evaluate(unquantised(site.weight)), graph.evaluate(site.weight)
+
+
+def branch(
+    graph: Graph,
+    site: Site,
+    value: fx.Node,
+    up: fx.Node,
+    down: fx.Node,
+    gain: Callable[[fx.Node], fx.Node] = lambda narrow: narrow,
+) -> fx.Node:
+    """The nodes of a branch that reads ``value``, in front of ``site``."""
+    narrow = gain(graph.call(aten.linear.default, value, down, before=site.node))
+    return graph.call(aten.linear.default, narrow, up, before=site.node)
+
+
+def attach(graph: Graph, site: Site, value: fx.Node) -> None:
+    """Give the readers of ``site`` its sum with ``value``."""
+    total = graph.call_after(aten.add.Tensor, site.node, value, after=site.node)
+    graph.replace(site.node, total)
+    set_note(site.node, partial=True)
+    set_note(total, whole=site.name)
+
+
+def inside(graph: Graph, site: Site, quantised: Tensor, factors: tuple[fx.Node, fx.Node]) -> None:
+    """Q(w) -> Q(Q(w) + up·down), on the scales of Q(w)."""
+    quantiser, before = site.weight, site.node
+    base = graph.set_param(param_name(site, "weight_base"), quantised.detach())
+    product = graph.call(aten.matmul.default, *factors, before=before)
+    product = cast(graph, product, quantised.dtype, before)
+    total = graph.call(aten.add.Tensor, base, product, before=before)
+    scales = []
+    for node, leaf in zip(quantiser.args[1:3], ("base_scale", "base_zero_point"), strict=True):
+        if isinstance(node, fx.Node) and (node.op != "get_attr" or node.target in graph.free):
+            node = graph.set_param(param_name(site, leaf), graph.evaluate(node).detach())
+        scales.append(node)
+    wrapped = graph.call(FAKE_QUANTIZE, total, *scales, quantiser.args[3], before=before)
+    graph.set_operand(site.node, 1, wrapped)
