@@ -11,7 +11,7 @@ from vdqc.engine.pass_manager import Context
 from vdqc.engine.recipe import parse_passes
 from vdqc.ir.graph import Stage
 from vdqc.ir.site import set_note
-from vdqc.passes.quant import Quant, WeightRange, weight_scale
+from vdqc.passes.quant import Clip, Quant, Step, WeightRange, weight_scale
 from vdqc.passes.table import PASSES
 from vdqc.testing.harness import (
     annotated,
@@ -154,6 +154,71 @@ def test_eight_bits_stay_close_to_the_model(
     assert record.sqnr_db > 30
 
 
+SCHEMES = ["w4a6", "w4a8-g8", "w3a6-asym", "w8a8-asym-static", "w4a16-g8", "w4a8-g8-asym"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("weight_range", list(WeightRange))
+def test_a_learned_scale_at_ratio_one_is_the_fixed_one(
+    scheme: str, weight_range: WeightRange
+) -> None:
+    model, x = Peers(), torch.randn(3, 16)
+    fixed, learned = annotated(model, x, scheme=scheme), annotated(model, x, scheme=scheme)
+    ctx = context(x, model=model)
+    run(fixed, Quant(), ctx=ctx)
+    run(learned, Quant(weight_range, Clip.LEARNED, Step.LEARNED), ctx=ctx)
+    assert learned.free
+    with torch.no_grad():
+        for name in learned.free:
+            learned.param(name).fill_(40.0 if "clip" in name else 0.0)  # sigmoid(40) = 1
+        assert torch.equal(learned.run(x)[0], fixed.run(x)[0])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_learned_ranges_start_at_sigmoid_four_and_hear_of_the_error(scheme: str) -> None:
+    model, x = Peers(), torch.randn(3, 16)
+    graph = annotated(model, x, scheme=scheme)
+    wanted = graph.run(x)[0]
+    run(graph, Quant(clip=Clip.LEARNED, step=Step.LEARNED), ctx=context(x, model=model))
+    clips = [graph.param(name) for name in graph.free if "clip" in name]
+    assert clips
+    assert all(bool((clip == 4.0).all()) for clip in clips)
+    (graph.run(x)[0] - wanted).square().sum().backward()
+    for name in graph.free:
+        gradient = graph.param(name).grad
+        assert gradient is not None, name
+        assert bool(gradient.isfinite().all())
+        assert float(gradient.abs().max()) > 0, name
+
+
+def test_which_side_is_clipped_is_a_choice() -> None:
+    model, x = Peers(), torch.randn(3, 16)
+    free = {}
+    for clip in Clip:
+        graph = annotated(model, x, scheme="w4a8")
+        run(graph, Quant(clip=clip), ctx=context(x, model=model))
+        free[clip] = {name.partition(".")[2] for name in graph.free}
+    assert free == {
+        Clip.NONE: set(),
+        Clip.LEARNED: {"weight_clip", "input_clip"},
+        Clip.WEIGHT: {"weight_clip"},
+        Clip.INPUT: {"input_clip"},
+    }
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-g8", "w3a16-asym"])
+def test_a_learned_clip_may_start_where_the_squared_error_is_least(scheme: str) -> None:
+    model, x = Peers(), torch.randn(3, 16)
+    fixed, learned = annotated(model, x, scheme=scheme), annotated(model, x, scheme=scheme)
+    run(fixed, Quant(WeightRange.MSE))
+    run(learned, Quant(WeightRange.MSE, Clip.LEARNED))
+    errors = [
+        numerics.relative_error(graph.evaluate(graph.site("q").weight), model.q.weight)
+        for graph in (fixed, learned)
+    ]
+    assert errors[1] < errors[0] * 1.02  # ratios above sigmoid(4) start there
+
+
 @given(tensors(6, 32), st.sampled_from(list(WeightRange)), st.booleans(), st.booleans())
 def test_weight_error_falls_with_bits(
     weight: Tensor, weight_range: WeightRange, symmetric: bool, groups: bool
@@ -190,5 +255,5 @@ def test_weights_are_shared_and_unchanged() -> None:
 
 
 def test_options_round_trip_as_text() -> None:
-    for text in ("quant", "quant{weight_range=mse}"):
+    for text in ("quant", "quant{weight_range=mse}", "quant{clip=learned,step=learned}"):
         assert str(parse_passes(text, PASSES)[0]) == text

@@ -8,10 +8,11 @@ from vdqc.base import hadamard, numerics
 from vdqc.base.diagnostics import ConfigError
 from vdqc.engine.recipe import parse_passes
 from vdqc.ir.site import set_note
-from vdqc.passes.rotate import Rotate, choose_block
+from vdqc.passes.rotate import Form, Rotate, choose_block, start_matrix
 from vdqc.passes.table import PASSES
 from vdqc.testing.harness import (
     annotated,
+    assert_close,
     assert_equivalent,
     assert_ir,
     context,
@@ -115,6 +116,66 @@ def test_rotation_keeps_the_function(
     assert "vdqc.rotate" in str(graph)
 
 
+def test_a_learned_rotation_is_free_and_shared_by_peers() -> None:
+    graph = annotated(Peers(), torch.randn(3, 16))
+    (record,) = run(
+        graph, Rotate(learn=True, form=Form.ORTHOGONAL), ctx=context(torch.randn(3, 16))
+    )
+    assert_ir(
+        graph,
+        """
+        graph (%x: f32[s0, 16]) @annotated {
+          %0 = aten.relu(%x) : f32[s0, 16]
+          %1 = vdqc.cayley(@left.rotation_left) : f32[4, 4]
+          %2 = aten.matmul(%1, @left.rotation_left_start) : f32[4, 4]
+          %3 = vdqc.cayley(@left.rotation_right) : f32[4, 4]
+          %4 = aten.matmul(%3, @left.rotation_right_start) : f32[4, 4]
+          %5 = vdqc.kronecker(%0, %2, %4) : f32[s0, 16]
+          %6 = vdqc.kronecker(@left.weight, %2, %4) : f32[8, 16]
+          %7 = aten.linear(%5, %6, @left.bias) : f32[s0, 8]  # site left w8a8
+          %8 = vdqc.kronecker(@right.weight, %2, %4) : f32[8, 16]
+          %9 = aten.linear(%5, %8) : f32[s0, 8]  # site right w8a8
+          %10 = aten.add(%7, %9) : f32[s0, 8]
+          return [%10]
+        }
+        """,
+    )
+    assert graph.free == {"left.rotation_left", "left.rotation_right"}
+    assert record.facts == {"blocks": {"4x4": 1}, "values_per_token": 16}
+
+
+@settings(max_examples=6)
+@given(models(), st.sampled_from(list(Form)), st.integers(0, 99), st.sampled_from([0.1, 2.0]))
+def test_a_learned_rotation_keeps_the_function_at_any_value(
+    case: tuple[nn.Module, list[Tensor]], form: Form, seed: int, spread: float
+) -> None:
+    model, inputs = case
+    graph = assert_equivalent(model, inputs, Rotate(learn=True, form=form))
+    doubles = [value.double() for value in inputs]
+    before = graph.run(*doubles)[0]
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in sorted(graph.free):
+            value = graph.param(name)
+            value.add_(spread * torch.randn(value.shape, generator=random).double())
+    assert_close(graph.run(*doubles)[0], before)
+
+
+@given(st.integers(1, 96), st.integers(0, 9))
+def test_a_learned_rotation_starts_orthogonal(order: int, seed: int) -> None:
+    start = start_matrix(order, seed)
+    torch.testing.assert_close(start @ start.T, torch.eye(order).double(), rtol=0, atol=1e-12)
+    if hadamard.is_order(order):
+        torch.testing.assert_close(start.abs(), torch.full_like(start, order**-0.5))
+
+
+def test_a_width_without_small_factors_is_not_learned() -> None:
+    model = nn.Sequential(nn.Linear(1031, 4))
+    graph, ctx = annotated(model, torch.randn(3, 1031)), context(torch.randn(3, 1031), model=model)
+    run(graph, Rotate(learn=True), ctx=ctx)
+    assert remarks(ctx) == [("0", "no-rotation")]
+
+
 @given(st.integers(1, 400), st.integers(4, 256))
 def test_blocks_tile_the_width(width: int, wanted: int) -> None:
     block = choose_block(width, wanted)
@@ -138,7 +199,7 @@ def test_a_rotated_value_quantises_no_worse_on_outliers(x: Tensor) -> None:
 
 
 def test_options_round_trip_as_text() -> None:
-    for text in ("rotate", "rotate{block=128}", "rotate{block=full,seed=3}"):
+    for text in ("rotate", "rotate{block=128}", "rotate{block=full,seed=3}", "rotate{learn=true}"):
         assert str(parse_passes(text, PASSES)[0]) == text
 
 

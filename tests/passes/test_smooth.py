@@ -12,6 +12,7 @@ from vdqc.passes.smooth import Smooth, representable, smoothing_scale
 from vdqc.passes.table import PASSES
 from vdqc.testing.harness import (
     annotated,
+    assert_close,
     assert_equivalent,
     assert_ir,
     context,
@@ -114,6 +115,63 @@ def test_half_precision_is_exact() -> None:
     assert int((scale != 1).sum()) > 4
     # products carry the same digits; only the order of a GEMM's sum may round another way
     torch.testing.assert_close(graph.run(x)[0], before, rtol=2**-7, atol=2**-7)
+
+
+def test_a_learned_scale_is_one_free_parameter_a_group() -> None:
+    model, x = Peers(), torch.randn(3, 16)
+    graph = annotated(model, x)
+    run(graph, Smooth(learn=True), ctx=context(x, model=model))
+    assert_ir(
+        graph,
+        """
+        graph (%x: f32[s0, 16]) @annotated {
+          %0 = aten.relu(%x) : f32[s0, 16]
+          %1 = aten.neg(@left.smooth) : f32[16]
+          %2 = aten.exp(%1) : f32[16]
+          %3 = aten.reciprocal(%2) : f32[16]
+          %4 = aten.mul(%0, %2) : f32[s0, 16]
+          %5 = aten.mul(@left.weight, %3) : f32[8, 16]
+          %6 = aten.linear(%4, %5, @left.bias) : f32[s0, 8]  # site left w8a8
+          %7 = aten.mul(@right.weight, %3) : f32[8, 16]
+          %8 = aten.linear(%4, %7) : f32[s0, 8]  # site right w8a8
+          %9 = aten.add(%6, %8) : f32[s0, 8]
+          return [%9]
+        }
+        """,
+    )
+    assert graph.free == {"left.smooth"}
+    fixed = annotated(model, x)
+    run(fixed, Smooth(), ctx=context(x, model=model))
+    torch.testing.assert_close(graph.param("left.smooth").exp(), fixed.param("left.smooth"))
+
+
+@settings(max_examples=4)
+@given(models(), st.integers(0, 99), st.sampled_from([0.1, 3.0]))
+def test_a_learned_scale_keeps_the_function_at_any_value(
+    case: tuple[nn.Module, list[Tensor]], seed: int, spread: float
+) -> None:
+    model, inputs = case
+    passes = parse_passes("rotate{block=8},smooth{learn=true}", PASSES)
+    graph = assert_equivalent(model, inputs, *passes)
+    doubles = [value.double() for value in inputs]
+    before = graph.run(*doubles)[0]
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in sorted(graph.free):
+            value = graph.param(name)
+            value.add_(spread * torch.randn(value.shape, generator=random).double())
+    assert_close(graph.run(*doubles)[0], before)
+
+
+def test_a_learned_scale_in_half_precision_rounds_once() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).to(torch.bfloat16)
+    x = torch.randn(5, 16, dtype=torch.bfloat16)
+    x[:, 3] *= 50
+    graph = annotated(model, x)
+    before = graph.run(x)[0]
+    run(graph, Smooth(learn=True), ctx=context(x, model=model))
+    assert graph.param("0.smooth").dtype == torch.float32
+    assert_close(graph.run(x)[0], before)
 
 
 @given(
