@@ -136,3 +136,15 @@ def exact_dot(x, matrix, TERMS: tl.constexpr):
         part = x.to(tl.bfloat16)
         total = tl.dot(part, matrix, total, out_dtype=tl.float32)
     return total
+
+
+@triton.jit
+def exact_dot_left(matrix, x, TERMS: tl.constexpr):
+    """``matrix @ x``, as ``exact_dot``."""
+    part = x.to(tl.bfloat16)
+    total = tl.dot(matrix, part, out_dtype=tl.float32)
+    for _ in tl.static_range(1, TERMS):
+        x = x - part.to(tl.float32)
+        part = x.to(tl.bfloat16)
+        total = tl.dot(matrix, part, total, out_dtype=tl.float32)
+    return total

@@ -21,6 +21,7 @@ from vdqc.kernels.gpu.device import (
     asymmetric_codes,
     asymmetric_scale,
     exact_dot,
+    exact_dot_left,
     magnitude,
     ordered,
     symmetric_codes,
@@ -70,33 +71,39 @@ def _row(  # noqa: C901 - decided at compilation
         left_at = factor[None, :] * count + factor[:, None]
         left_matrix = tl.load(left + left_at, mask=alive[None, :] & alive[:, None], other=0.0)
 
-    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+    # a program takes every so many rows if it has matrices to load first, else one
+    first = tl.program_id(0)
+    last, stride = (first + 1, 1) if right is None else (rows, tl.num_programs(0))
+    for index in range(first, last, stride):
         row = tl.cast(index, tl.int64)
-        at = row * width + column
-        gate_at = (row // gate_every) * gate_stride + column
-        value = residual(x, y, gate, at, gate_at, known)
+        base = row * width
+        value = residual(x, y, gate, base, (row // gate_every) * gate_stride, column, known)
         if stream is not None:
-            tl.store(stream + at, value.to(stream.dtype.element_ty), mask=known)
+            tl.store(stream + base + column, value.to(stream.dtype.element_ty), mask=known)
         if NORM == "layer":
             value = tl.where(known, value - tl.div_rn(tl.sum(value), width * 1.0), 0.0)
         if NORM != "none":
             value = value * deviation(tl.sum(value * value), width, eps)
-        scale_at = (row // scale_every) * scale_stride + column
-        shift_at = (row // shift_every) * shift_stride + column
-        sign_at = (row % sign_rows) * width + column
+        scale_base = (row // scale_every) * scale_stride
+        shift_base = (row // shift_every) * shift_stride
+        sign_base = (row % sign_rows) * width
         first_signs = None if SIGNS_LAST else signs
-        value = affine(value, weight, bias, scale, shift, column, scale_at, shift_at, known, known)
-        value = activate(value, smooth, first_signs, column, sign_at, known, known, ACTIVATION)
+        value = affine(
+            value, weight, bias, scale, shift, column, scale_base, shift_base, known, known
+        )
+        value = activate(value, smooth, first_signs, column, sign_base, known, known, ACTIVATION)
         if right is not None:
             value = exact_dot(value, right_matrix, TERMS)
         if left is not None:
-            value = tl.trans(exact_dot(tl.trans(value), tl.trans(left_matrix), TERMS))
+            value = exact_dot_left(left_matrix, value, TERMS)
         if right is not None:
             value = value * root
         if out is not None:
             if SIGNS_LAST:
-                value = value * tl.load(signs + sign_at, mask=known, other=0.0).to(tl.float32)
-            tl.store(out + at, value.to(out.dtype.element_ty), mask=known)
+                value = value * tl.load(signs + sign_base + column, mask=known, other=0.0).to(
+                    tl.float32
+                )
+            tl.store(out + base + column, value.to(out.dtype.element_ty), mask=known)
         else:
             if zeros is not None:
                 low, high = tl.min(ordered(value)), tl.max(ordered(value))
@@ -114,10 +121,9 @@ def _row(  # noqa: C901 - decided at compilation
                 half_known = half_inner < part
                 if ORDER != B:
                     half_known = half_known & (place < ORDER)[None, :]
-                half_at = row * part + half_inner
-                tl.store(codes + half_at, nibbles(code, HALF, B), mask=half_known)
+                tl.store(codes + row * part + half_inner, nibbles(code, HALF, B), mask=half_known)
             else:
-                tl.store(codes + at, code.to(tl.int8), mask=known)
+                tl.store(codes + base + column, code.to(tl.int8), mask=known)
 
 
 def takes_row(width: int, steps: Prologue, packed: bool = False) -> bool:
@@ -127,15 +133,28 @@ def takes_row(width: int, steps: Prologue, packed: bool = False) -> bool:
     pair = hadamard.factors(steps.block) if width % steps.block == 0 else None
     if pair is None or max(pair) > ORDER_LIMIT or (pair[0] > 1 and steps.block != width):
         return False
-    a, b = _block(width, pair[1], packed)
-    return a * b <= ROW_LIMIT
+    tile = row_tile(width, steps.block, packed)
+    return bool(tile["A"] * tile["B"] <= ROW_LIMIT)
 
 
-def _block(width: int, order: int, packed: bool) -> tuple[int, int]:
-    """(A, B): blocks in a row and places in a block, as powers of two that a product can take."""
+def row_tile(width: int, block: int, packed: bool) -> dict[str, int]:
+    """Blocks A in a row, places B in a block, columns ORDER of it, warps and stages.
+
+    A and B are powers of two that a product can take. A rotation needs registers for two blocks;
+    its loop must not be pipelined, or every operand of a row is staged in shared memory as well.
+    """
     split = 2 if packed else 1
-    blocks = split * triton.next_power_of_2(width // split // order)
-    return max(16, blocks), max(16, triton.next_power_of_2(order))
+    if block:
+        pair = hadamard.factors(block)
+        assert pair is not None
+        order, b = pair[1], max(16, triton.next_power_of_2(pair[1]))
+        a = max(16, split * triton.next_power_of_2(width // split // order))
+    else:
+        a, order = split, triton.next_power_of_2(width // split)
+        b = order
+    values = a * b
+    warps = (4 if values <= 4096 else 8) if block else min(16, max(1, values // 512))
+    return {"A": a, "B": b, "ORDER": order, "num_warps": warps, "num_stages": 1}
 
 
 def launch_row(
@@ -148,18 +167,13 @@ def launch_row(
     inverse: bool = False,
 ) -> Quantised:
     """The codes; with ``out`` the values in its dtype instead, and empty codes."""
-    width, split = x.shape[-1], 2 if form.packed else 1
+    width = x.shape[-1]
     left = right = None
     if steps.block:
         pair = hadamard.factors(steps.block)
         assert pair is not None
-        order = pair[1]
-        a, b = _block(width, order, form.packed)
-        right = hadamard_matrix(order, x.device, inverse)
+        right = hadamard_matrix(pair[1], x.device, inverse)
         left = hadamard_matrix(pair[0], x.device, inverse) if pair[0] > 1 else None
-    else:
-        a, order = split, triton.next_power_of_2(width // split)
-        b = order
     given = arguments(x, steps, y, gate)
     signs = given["signs"]
     result = allocate(x if out is None else x[:0], form, False)
@@ -176,40 +190,23 @@ def launch_row(
                 scales=result.scale,
                 zeros=result.zero,
                 sums=result.sums,
-                part=width // split,
+                part=width // 2 if form.packed else width,
                 sign_rows=1 if signs is None else signs.numel() // width,
                 root=float(steps.block or 1) ** -0.5,
                 SIGNS_LAST=inverse,
                 QMAX=form.qmax,
                 BITS=form.bits,
                 PACKED=form.packed,
-                TERMS=_terms(x, steps, out),
-                A=a,
-                B=b,
-                ORDER=order,
-                num_warps=warps(a * b),
+                TERMS=summands(x),
+                **row_tile(width, steps.block, form.packed),
                 enable_fp_fusion=False,
             )
     return replace(result, stream=stream)
 
 
-def _terms(x: Tensor, steps: Prologue, out: Tensor | None) -> int:
-    """bfloat16 summands that hold the values before a rotation well enough."""
-    if out is not None and out.dtype == torch.float32:
-        return 3
-    plain = steps.norm == "none" and steps.activation == "none" and steps.smooth is None
-    unmoved = plain and all(
-        value is None
-        for value in (steps.norm_weight, steps.norm_bias, steps.mod_scale, steps.mod_shift)
-    )
-    pair = hadamard.factors(steps.block) if steps.block else None
-    single = pair is not None and pair[0] == 1
-    return 1 if unmoved and single and x.dtype == torch.bfloat16 else 2
-
-
-def warps(values: int) -> int:
-    """Warps for a block: 16 values a thread up to 4096 values, then more, at most 16 warps."""
-    return min(16, max(1, values // 512)) if values <= 4096 else max(8, values // 1024)
+def summands(x: Tensor) -> int:
+    """bfloat16 summands that a rotation takes a value as: its own precision, or 2^-17 of it."""
+    return 1 if x.dtype == torch.bfloat16 else 2
 
 
 def _programs(x: Tensor, rows: int, matrices: bool) -> int:

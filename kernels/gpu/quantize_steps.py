@@ -12,8 +12,7 @@ Source: Li et al., SVDQuant, arXiv 2411.05007, section 4.2 (the branch shares th
 al., "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
 """
 
-from typing import Any
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -53,24 +52,24 @@ def _values(
     gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, TERMS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """(values before the quantiser, offsets, mask) of columns ``start`` ... of some rows."""
+    """(values before the quantiser, columns, mask) of columns ``start`` ... of some rows."""
     place = tl.arange(0, B)[None, :]
     column = start + place
     known = (place < order) & (column < limit)
     real = live & known
-    at = row * width + column
-    value = residual(x, y, gate, at, (row // gate_every) * gate_stride + column, real)
+    gate_base = (row // gate_every) * gate_stride
+    value = residual(x, y, gate, row * width, gate_base, column, real)
     if NORM == "layer":
         value = value - mean
     if NORM != "none":
         value = value * rstd
-    scale_at = (row // scale_every) * scale_stride + column
-    shift_at = (row // shift_every) * shift_stride + column
-    value = affine(value, weight, bias, scale, shift, column, scale_at, shift_at, known, real)
-    value = activate(value, smooth, signs, column, column, known, real, ACTIVATION)
+    scale_base = (row // scale_every) * scale_stride
+    shift_base = (row // shift_every) * shift_stride
+    value = affine(value, weight, bias, scale, shift, column, scale_base, shift_base, known, real)
+    value = activate(value, smooth, signs, column, 0, known, real, ACTIVATION)
     if matrix is not None:
         value = exact_dot(value, matrix, TERMS) * root
-    return value, at, real
+    return value, column, real
 
 
 @triton.jit
@@ -89,8 +88,8 @@ def _steps(  # noqa: C901 - decided at compilation
     place = tl.arange(0, B)
     matrix = None
     if right is not None:
-        fits = (place < ORDER)[:, None] & (place < ORDER)[None, :]
-        matrix = tl.load(right + place[:, None] * ORDER + place[None, :], mask=fits, other=0.0)
+        square = (place < ORDER)[:, None] & (place < ORDER)[None, :]
+        matrix = tl.load(right + place[:, None] * ORDER + place[None, :], mask=square, other=0.0)
 
     # first walk: the norm, and the stream
     mean = tl.zeros((ROWS, 1), tl.float32)
@@ -100,10 +99,12 @@ def _steps(  # noqa: C901 - decided at compilation
             column = start + place[None, :]
             known = (place[None, :] < ORDER) & (column < width)
             real = live & known
-            at = row * width + column
-            value = residual(x, y, gate, at, (row // gate_every) * gate_stride + column, real)
+            gate_base = (row // gate_every) * gate_stride
+            value = residual(x, y, gate, row * width, gate_base, column, real)
             if stream is not None:
-                tl.store(stream + at, value.to(stream.dtype.element_ty), mask=real)
+                tl.store(
+                    stream + row * width + column, value.to(stream.dtype.element_ty), mask=real
+                )
             if NORM == "layer":
                 count = tl.minimum(width - start, ORDER) * 1.0
                 step_mean = tl.div_rn(tl.sum(value, 1, keep_dims=True), count)
@@ -122,7 +123,7 @@ def _steps(  # noqa: C901 - decided at compilation
         column_of_rank = tl.arange(0, R)
         branch = tl.zeros((ROWS, R), tl.float32)
     for start in range(0, width, ORDER):
-        value, at, real = _values(
+        value, column, real = _values(
             x, y, gate, weight, bias, scale, shift, smooth, signs, matrix,
             mean, rstd, start, width, row, live, width, ORDER, root,
             gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
@@ -135,17 +136,17 @@ def _steps(  # noqa: C901 - decided at compilation
         else:
             most = tl.maximum(most, tl.max(magnitude(value), 1, keep_dims=True))
         if low is not None:
-            column = start + place[:, None]
-            fits = (place[:, None] < ORDER) & (column < width) & (column_of_rank[None, :] < rank)
-            factor = tl.load(down + column * rank + column_of_rank[None, :], mask=fits, other=0.0)
+            inner = start + place[:, None]
+            fits = (place[:, None] < ORDER) & (inner < width) & (column_of_rank[None, :] < rank)
+            factor = tl.load(down + inner * rank + column_of_rank[None, :], mask=fits, other=0.0)
             branch = tl.dot(
                 value.to(factor.dtype), factor, branch, input_precision="ieee",
                 out_dtype=tl.float32,
             )  # fmt: skip
     if low is not None:
         low_at = row * rank + column_of_rank[None, :]
-        fits = live & (column_of_rank[None, :] < rank)
-        tl.store(low + low_at, branch.to(low.dtype.element_ty), mask=fits)
+        kept = live & (column_of_rank[None, :] < rank)
+        tl.store(low + low_at, branch.to(low.dtype.element_ty), mask=kept)
 
     # third walk: the codes
     zero = least
@@ -160,7 +161,7 @@ def _steps(  # noqa: C901 - decided at compilation
     for start in range(0, part, ORDER):
         packed = tl.zeros((ROWS, B), tl.int32)
         for half in tl.static_range(SPLIT):
-            value, at, real = _values(
+            value, column, real = _values(
                 x, y, gate, weight, bias, scale, shift, smooth, signs, matrix,
                 mean, rstd, start + half * part, (half + 1) * part, row, live, width, ORDER, root,
                 gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
@@ -175,7 +176,7 @@ def _steps(  # noqa: C901 - decided at compilation
             if PACKED:
                 packed |= (code & 15) << (4 * half)
             else:
-                tl.store(codes + at, code.to(tl.int8), mask=real)
+                tl.store(codes + row * width + column, code.to(tl.int8), mask=real)
         if PACKED:
             column = start + place[None, :]
             real = live & (place[None, :] < ORDER) & (column < part)
@@ -205,7 +206,7 @@ def launch_steps(
     given = arguments(x, steps, y, gate)
     if not given["rows"]:
         return result
-    tile = _tile(width, steps.block, rank, form.packed)
+    tile = step_tile(width, steps.block, rank, form.packed)
     right = hadamard_matrix(steps.block, x.device) if steps.block else None
     with on_device(x):
         _steps[(triton.cdiv(given["rows"], tile["ROWS"]),)](
@@ -224,7 +225,7 @@ def launch_steps(
             QMAX=form.qmax,
             BITS=form.bits,
             PACKED=form.packed,
-            TERMS=2,
+            TERMS=1 if x.dtype == torch.bfloat16 else 2,
             R=max(16, triton.next_power_of_2(rank)),
             **tile,
             enable_fp_fusion=False,
@@ -232,16 +233,24 @@ def launch_steps(
     return result
 
 
-def _tile(width: int, block: int, rank: int, packed: bool) -> dict[str, Any]:
-    """Rows of a program, places B and columns ORDER of a step, warps."""
-    if block or rank:
-        order = block or min(128, triton.next_power_of_2(width))
-        return {
+def step_tile(width: int, block: int, rank: int, packed: bool) -> dict[str, int]:
+    """Rows of a program, places B and columns ORDER of a step, and how it is compiled.
+
+    Without a limit ptxas aims at 128 registers where there is a rotation, and spills.
+    """
+    if block:
+        place = max(16, triton.next_power_of_2(block))
+        tile = {
             "ROWS": 16,
-            "B": max(16, triton.next_power_of_2(order)),
-            "ORDER": order,
+            "B": place,
+            "ORDER": block,
             "num_warps": 4,
-            "num_stages": 2,
+            "maxnreg": 232 if packed else 168,
         }
-    order = min(4096, triton.next_power_of_2(width // 2 if packed else width))
-    return {"ROWS": 1, "B": order, "ORDER": order, "num_warps": 8, "num_stages": 2}
+    elif rank:
+        order = max(16, min(128, triton.next_power_of_2(width)))
+        tile = {"ROWS": 16, "B": order, "ORDER": order, "num_warps": 8}
+    else:
+        order = min(4096, triton.next_power_of_2(width // 2 if packed else width))
+        tile = {"ROWS": 1, "B": order, "ORDER": order, "num_warps": 8}
+    return tile | {"num_stages": 2}

@@ -16,6 +16,7 @@ MODULES = (
     "packed_gemm",
     "attention",
     "block_mask",
+    "quantize_variants",
 )
 
 

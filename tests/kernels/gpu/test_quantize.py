@@ -17,7 +17,7 @@ from vdqc.kernels.prologue import Prologue, prologue
 from vdqc.kernels.quantize_rows import quantize_rows, quantize_rows_asym, quantize_static
 from vdqc.kernels.rotation import rotation
 
-BF16 = torch.bfloat16
+BF16, F32 = torch.bfloat16, torch.float32
 SHAPES = [(1, 1), (3, 63), (2, 5, 80), (7, 256), (0, 16)]
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -46,7 +46,7 @@ def same(found: Any, expected: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_codes_of_rows_equal_the_reference_bit_for_bit(
     shape: tuple[int, ...], dtype: torch.dtype, device: str
@@ -136,15 +136,15 @@ def compare(x: Tensor, chosen: Prologue, form: Form, device: str, *more: Tensor)
         assert torch.equal(found.stream.cpu(), expected[0])
         x = expected[0]
     expected = reference(x, *arguments)
-    assert relative_error(found.scale.cpu(), expected[1]) < TOLERANCE[torch.float32]
+    # a rotation takes a bfloat16 row's values as bfloat16, where a graph of its own ops rounds too
+    rounds = x.dtype == BF16 and chosen.block > 0
+    assert relative_error(found.scale.cpu(), expected[1]) < TOLERANCE[BF16 if rounds else F32] / 4
     value, step = prologue(x, chosen), expected[1].float()
-    plain = form if not form.packed else Form(form.qmax, form.bits, form.asymmetric, False, True)
     unpacked = unpack(found.codes.cpu(), x.shape[-1]) if form.packed else found.codes.cpu()
     codes = unpack(expected[0], x.shape[-1]) if form.packed else expected[0]
     apart = (unpacked.int() - codes.int()).abs()
     assert int(apart.max()) <= 1
-    assert float(apart.float().mean()) < 2e-3
-    assert plain.bits == form.bits
+    assert float(apart.float().mean()) < (0.12 if rounds else 2e-3)
     zero = torch.zeros(()) if found.zero is None else found.zero.cpu()
     noise = relative_error((codes - zero) * step, value)
     error = relative_error((unpacked - zero) * found.scale.cpu(), value)
@@ -154,7 +154,7 @@ def compare(x: Tensor, chosen: Prologue, form: Form, device: str, *more: Tensor)
     if form.down is not None:
         assert found.low is not None
         assert found.low.dtype == x.dtype
-        assert relative_error(found.low.cpu(), expected[-1]) < TOLERANCE[form.down.dtype]
+        assert relative_error(found.low.cpu(), expected[-1]) < TOLERANCE[x.dtype]
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:
@@ -226,7 +226,7 @@ def test_rotations(width: int, block: int, form: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("block", [0, 64, 12, 96, 192])
-@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("dtype", [BF16, F32])
 def test_low_rank_branch(block: int, dtype: torch.dtype, device: str) -> None:
     """With all kinds of rotation; 192 = 8 x 24 takes two kernels."""
     width, signs = 192, hadamard.random_signs(192, 0) if block else None
@@ -268,7 +268,7 @@ def test_rows_that_are_not_finite_stay_alone(device: str) -> None:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize(
     ("width", "block"), [(63, 1), (128, 128), (96, 12), (384, 384), (768, 384)]
 )
