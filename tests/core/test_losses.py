@@ -633,12 +633,12 @@ def test_a_window_averages_consecutive_steps() -> None:
 def test_a_window_starts_anew_with_another_trajectory() -> None:
     state: dict[str, Tensor] = {}
     term = make_term("trd")
-    calls = [(0, 0), (1, 0), (1, 1), (1, 3), (1, 4)]
+    calls = [(0, 0), (1, 0), (1, 1), (1, 2), (1, 4), (1, 5)]
     values = [
         float(term(context(sample=n, trajectory=t, step=s, state=state)))
         for n, (t, s) in enumerate(calls)
     ]
-    assert [value > 0 for value in values] == [False, False, True, False, True]
+    assert [value > 0 for value in values] == [False, False, True, False, False, True]
 
 
 def test_gradient_reaches_the_student_unless_as_in_the_released_code() -> None:

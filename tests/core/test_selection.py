@@ -253,6 +253,11 @@ def test_quotas(sizes: list[int], data: st.DataObject) -> None:
         assert abs(quota - total * size / sum(sizes)) < 1
 
 
+def test_remainders_go_to_the_largest_fractions() -> None:
+    assert quotas([10, 26, 64], 10, Quota.PROPORTIONAL) == [1, 3, 6]
+    assert quotas([5, 9, 7], 7, Quota.EQUAL) == [2, 3, 2]
+
+
 @given(seeds)
 def test_quotas_of_clusters_are_met(seed: int) -> None:
     truth = torch.arange(60) % 3

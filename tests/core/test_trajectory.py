@@ -108,10 +108,12 @@ def test_an_interrupted_recording_goes_on(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"expected 4 trajectories in .*, got 2") as caught:
         open_pool(folder)
     assert caught.value.diagnostic.code == "pool-unfinished"
-    (folder / "seed00002-00.safetensors").write_bytes(b"half")  # what the kill left behind
+    for left in ("seed00002-00.safetensors", "seed00002-07.safetensors"):  # behind by the kill
+        (folder / left).write_bytes(b"half")
     calls.append(-1)
     pool = record(model, killed, [0, 1, 2, 3], folder)
     assert calls == [0, 1, -1, 2, 3]
+    assert not (folder / "seed00002-07.safetensors").exists()
     assert pool.hash == record(Model(), killed, [0, 1, 2, 3], tmp_path / "whole").hash
 
 

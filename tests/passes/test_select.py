@@ -159,7 +159,7 @@ def test_leaves_the_probe_where_it_was(graph: Graph) -> None:
 def test_passes_behind_it_learn_from_the_choice() -> None:
     model, x = Plain().eval(), torch.randn(4, 8)
     graph = annotated(model, x)
-    samples = [Sample({"x": x * scale}) for scale in (1.0, 10.0, 2.0)]
+    samples = [Sample({"x": x * scale}) for scale in (10.0, 1.0, 20.0)]
     ctx = Context(samples=samples)
     ctx.stats(graph)  # of all samples: the pass behind must not see these
     run(graph, Select(Method.UNIFORM, count=1), Smooth(), ctx=ctx)

@@ -66,7 +66,8 @@ class PieceLoss:
         The weights are quantised once. Terms with a memory work on a copy of it.
         """
         module = self._student(())
-        state = dict(self.state) if self.remembers else self.state
+        remembering = any(term.remembers for _, term in self.terms)
+        state = dict(self.state) if remembering else self.state
         whole, parts = 0.0, dict.fromkeys((str(term) for _, term in self.terms), 0.0)
         for sample in samples:
             loss, found = self._loss(module, sample, state)

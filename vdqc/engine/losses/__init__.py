@@ -116,12 +116,14 @@ class LossTerm(abc.ABC):
 
     ``taps`` are the kinds it needs at every attention site of the block. ``level``: ``block`` for
     every block, ``last`` for the last block only, ``model`` for end-to-end training only.
-    ``ordered`` asks for the samples of a trajectory one after the other.
+    ``ordered`` asks for the samples of a trajectory one after the other; the value of a term that
+    ``remembers`` depends on the calls before.
     """
 
     name: ClassVar[str]
     taps: ClassVar[tuple[str, ...]] = ()
     ordered: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
 
     @property
     def level(self) -> str:

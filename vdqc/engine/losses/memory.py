@@ -62,6 +62,7 @@ class MemoryRelation(LossTerm):
     at: Level = Level.LAST
 
     name: ClassVar[str] = "mtrd"
+    remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_positive("mtrd.temperature", self.temperature)

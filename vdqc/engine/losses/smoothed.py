@@ -51,6 +51,7 @@ class SmoothedRelation(LossTerm):
 
     name: ClassVar[str] = "trd"
     ordered: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_positive("trd.temperature", self.temperature)
