@@ -272,7 +272,8 @@ def stored_bytes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec:
     """Bytes of the packed codes, float32 scales and one byte a zero point."""
     rows, width = weight.shape
     zero_points = zero_point.numel() if zero_point is not None else 0
-    return rows * packed_bytes(spec.dtype.bits, width) + 4 * scale.numel() + zero_points
+    codes = packed_bytes(spec.dtype.bits, width) + spec.planes * packed_bytes(1, width)
+    return rows * codes + 4 * (1 + spec.planes) * scale.numel() + zero_points
 
 
 def dynamic_clip(graph: Graph, site: Site, dtype: torch.dtype) -> fx.Node:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
-from vdqc.base.packing import packed_bytes
+from vdqc.base.packing import stored_bytes
 from vdqc.base.scheme import QuantScheme
 from vdqc.engine.pass_manager import PassRecord
 from vdqc.ir.graph import Graph, block_name
@@ -26,7 +26,7 @@ class SiteRow:
         kernel: what runs there, and ``why`` it was chosen; ``runner_up`` is what came second.
         predicted_us: what the cost model says for the probe, in microseconds.
         weight_sqnr_db: quantised weight against the weight that entered the quantiser.
-        bits: stored bits a weight, scales and zero points included.
+        bits: stored bits a weight; scales, zero points and branches included.
     """
 
     name: str
@@ -57,10 +57,17 @@ class SiteRow:
 
 def site_rows(graph: Graph, records: Sequence[PassRecord] = ()) -> list[SiteRow]:
     """Rows for every site of a graph that is not lowered yet, in program order."""
-    quantised: Mapping[str, Any] = {}
+    quantised: dict[str, dict[str, Any]] = {}
+    branches: dict[str, int] = {}
     for record in records:
-        quantised = {**quantised, **record.facts.get("sites", {})}
-    return [_row(site, quantised.get(site.name, {})) for site in graph.sites()]
+        for name, facts in record.facts.get("sites", {}).items():
+            quantised.setdefault(name, {}).update(facts)
+        for name, facts in record.facts.get("branches", {}).items():
+            branches[name] = branches.get(name, 0) + facts["bytes"]
+    return [
+        _with_branch(_row(site, quantised.get(site.name, {})), branches.get(site.name, 0))
+        for site in graph.sites()
+    ]
 
 
 def with_kernels(rows: Sequence[SiteRow], choices: Sequence[KernelChoice]) -> list[SiteRow]:
@@ -99,11 +106,16 @@ def _row(site: Site, facts: Mapping[str, Any]) -> SiteRow:
     )
 
 
+def _with_branch(row: SiteRow, extra: int) -> SiteRow:
+    """``row`` with the bytes of a branch beside its weight, which count as bits of the weight."""
+    if not extra or row.bytes is None:
+        return row
+    bits = None if row.bits is None else round(row.bits * (row.bytes + extra) / row.bytes, 3)
+    return replace(row, bytes=row.bytes + extra, bits=bits)
+
+
 def predicted_bytes(shape: tuple[int, ...], scheme: QuantScheme | None) -> int | None:
     """Packed codes, float32 scales and zero points of a weight ``[N, K]``; None if it is float."""
     if scheme is None or scheme.weight is None or len(shape) != 2:
         return None
-    rows, width = shape
-    spec = scheme.weight
-    scales = rows * (-(-width // spec.granularity.size) if spec.granularity.size else 1)
-    return rows * packed_bytes(spec.dtype.bits, width) + scales * (4 if spec.symmetric else 5)
+    return stored_bytes(*shape, scheme.weight)

@@ -7,11 +7,13 @@ or, inside ``fake_quantize``, in the float type of the scale.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vdqc.base.diagnostics import InputError
+from vdqc.base.planes import binary_planes
 from vdqc.base.scheme import GranularityKind, QuantSpec
 
 #: Largest relative RMS error that "equal" allows, by compute dtype. The only tolerance in vdqc.
@@ -128,6 +130,20 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpe
     return codes.to(torch.int8 if spec.symmetric else torch.uint8).reshape(x.shape)
 
 
+def plane_parts(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(integers times scale, amplitudes, signs) of a weight with binary planes.
+
+    As ``group_view`` shapes it, amplitudes with a last axis of one; in the dtype of ``scale``.
+    """
+    plain = replace(spec, planes=0)
+    wide = x.to(scale.dtype)
+    view = group_view(wide, spec)
+    base = group_view(fake_quantize(wide, scale, zero_point, plain), spec)
+    return base, *binary_planes(view - base, spec.planes)
+
+
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """(codes - zero point) · scale, in the dtype of ``scale``; shape of ``codes``."""
     per_group = spec.granularity.kind is GranularityKind.GROUP
@@ -141,7 +157,13 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
     """``dequantize(quantize(x))`` bit for bit, rounded to the dtype of x; contiguous.
 
     Works on one temporary in place: the codes never leave the float type that holds them exactly.
+    Binary planes of ``spec`` are added.
     """
+    if spec.planes:
+        base, amplitudes, signs = plane_parts(x, scale, zero_point, spec)
+        for amplitude, sign in zip(amplitudes, signs, strict=True):
+            base = base + amplitude * sign
+        return base.reshape(x.shape).to(x.dtype).contiguous()
     if spec.dtype.is_float:
         codes = quantize(x, scale, zero_point, spec)
         return dequantize(codes, scale, zero_point, spec).to(x.dtype).contiguous()

@@ -13,11 +13,21 @@ import torch
 from torch import Tensor
 
 from vdqc.base.diagnostics import InputError
+from vdqc.base.scheme import GranularityKind, QuantSpec
 
 
 def packed_bytes(bits: int, width: int) -> int:
     """Bytes of one packed row of ``width`` codes."""
     return (bits * width + 7) // 8
+
+
+def stored_bytes(rows: int, width: int, spec: QuantSpec) -> int:
+    """Bytes of a weight as kernels keep it: codes, planes, float32 scales, a byte a zero point."""
+    size = spec.granularity.size
+    groups = -(-width // size) if size else 1
+    scales = 1 if spec.granularity.kind is GranularityKind.TENSOR else rows * groups
+    codes = packed_bytes(spec.dtype.bits, width) + spec.planes * packed_bytes(1, width)
+    return rows * codes + scales * (4 * (1 + spec.planes) + (not spec.symmetric))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

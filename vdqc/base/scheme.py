@@ -32,7 +32,7 @@ class QDtype:
 
     @staticmethod
     def parse(text: str) -> QDtype:
-        """``int2`` ... ``int8`` or ``fp8_e4m3``."""
+        """``int1`` ... ``int8`` or ``fp8_e4m3``."""
         if text not in QDTYPES:
             raise ConfigError(f"unknown quantised dtype '{text}'", f"known: {', '.join(QDTYPES)}")
         return QDTYPES[text]
@@ -42,7 +42,7 @@ class QDtype:
 
 
 QDTYPES: Mapping[str, QDtype] = {
-    **{f"int{b}": QDtype(f"int{b}", b, 1 - 2 ** (b - 1), 2 ** (b - 1) - 1) for b in range(2, 9)},
+    **{f"int{b}": QDtype(f"int{b}", b, 1 - 2 ** (b - 1), 2 ** (b - 1) - 1) for b in range(1, 9)},
     "fp8_e4m3": QDtype("fp8_e4m3", 8, -448, 448, is_float=True),
 }
 
@@ -97,17 +97,30 @@ def PerGroup(size: int) -> Granularity:
     return Granularity(GranularityKind.GROUP, size)
 
 
+#: How many binary planes a weight can have, as text.
+PLANES = ("1", "2")
+
+
 @final
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one tensor is quantised: ``int8/token/dynamic``, ``int4/group64/asym``."""
+    """How one tensor is quantised: ``int8/token/dynamic``, ``int4/group64/asym``.
+
+    ``planes`` are binary: +a or -a for each element, a for each scale, that stand for what the
+    integers before them leave (``int2+1/channel``; see ``vdqc.base.planes``). Weights only.
+    """
 
     dtype: QDtype
     granularity: Granularity
     symmetric: bool = True
     dynamic: bool = False
+    planes: int = 0
 
     def __post_init__(self) -> None:
+        if self.dtype.bits == 1 and self.symmetric:
+            raise ConfigError("one bit is two levels, and 0 is one of them: expected asymmetric")
+        if self.planes and (self.dtype.is_float or self.dynamic):
+            raise ConfigError("binary planes go with integer weights")
         if self.dtype.is_float and not self.symmetric:
             raise ConfigError(f"{self.dtype} has no zero point: expected symmetric")
         if self.granularity.kind is GranularityKind.TOKEN and not self.dynamic:
@@ -123,10 +136,18 @@ class QuantSpec:
         """Highest code; 15 for asymmetric int4, 7 for symmetric."""
         return self.dtype.qmax if self.symmetric else 2**self.dtype.bits - 1
 
+    @property
+    def bits(self) -> int:
+        """Stored bits an element: of the integer and one for each plane."""
+        return self.dtype.bits + self.planes
+
     @staticmethod
     def parse(text: str) -> QuantSpec:
-        """``<dtype>/<granularity>[/asym][/dynamic]``."""
+        """``<dtype>[+<planes>]/<granularity>[/asym][/dynamic]``."""
         dtype, granularity, *flags = text.split("/")
+        dtype, plus, planes = dtype.partition("+")
+        if plus and planes not in PLANES:
+            raise ConfigError(f"expected {' or '.join(PLANES)} planes in '{text}', got '{planes}'")
         if unknown := set(flags) - {"asym", "dynamic"}:
             raise ConfigError(f"unknown flag '{min(unknown)}' in '{text}'", "known: asym, dynamic")
         return QuantSpec(
@@ -134,17 +155,22 @@ class QuantSpec:
             Granularity.parse(granularity),
             "asym" not in flags,
             "dynamic" in flags,
+            int(planes or 0),
         )
 
     def __str__(self) -> str:
         flags = ("" if self.symmetric else "/asym") + ("/dynamic" if self.dynamic else "")
-        return f"{self.dtype}/{self.granularity}{flags}"
+        planes = f"+{self.planes}" if self.planes else ""
+        return f"{self.dtype}{planes}/{self.granularity}{flags}"
 
 
 _SCHEME = re.compile(
-    r"w(?P<w>[2-8])a(?P<a>[4-8]|16)(?P<flags>(-(g[1-9]\d*|asym|wasym|aasym|static|tensor))*)"
+    r"w(?P<w>[1-8])(\+(?P<planes>[12]))?a(?P<a>[4-8]|16)(?P<flags>(-(g[1-9]\d*|asym|wasym|aasym|static|tensor))*)"
 )
-_GRAMMAR = "w<2..8>a<4..8|16>[-g<size>][-asym|-wasym|-aasym][-tensor][-static], w8a8, fp8, none"
+_GRAMMAR = (
+    "w<2..8>[+<1..2>]a<4..8|16>[-g<size>][-asym|-wasym|-aasym][-tensor][-static] "
+    "(w1 with -asym or -wasym), w8a8, fp8, none"
+)
 
 
 @final
@@ -155,7 +181,7 @@ class QuantScheme:
     ``weight`` is per output channel unless ``-g<size>`` asks for groups along its input channels;
     ``input`` is per token and dynamic unless ``-tensor`` (one scale, dynamic) or ``-static`` (one
     scale, from calibration); ``a16`` leaves it in float. ``-asym`` gives both a zero point,
-    ``-wasym`` and ``-aasym`` one of them.
+    ``-wasym`` and ``-aasym`` one of them. ``w2+1`` is a weight of two bits and a binary plane.
     """
 
     weight: QuantSpec | None
@@ -177,10 +203,15 @@ class QuantScheme:
         groups = [int(flag[1:]) for flag in flags if flag.startswith("g")]
         if len(groups) > 1:
             raise ConfigError(f"scheme '{text}' names two group sizes", f"expected {_GRAMMAR}")
+        symmetric = not {"asym", "wasym"} & set(flags)
+        if symmetric and match["w"] == "1":
+            message = f"scheme '{text}': one bit needs a zero point (-asym or -wasym)"
+            raise ConfigError(message, f"expected {_GRAMMAR}")
         weight = QuantSpec(
             QDTYPES[f"int{match['w']}"],
             PerGroup(groups[0]) if groups else PerChannel,
-            symmetric=not {"asym", "wasym"} & set(flags),
+            symmetric,
+            planes=int(match["planes"] or 0),
         )
         if match["a"] == "16":
             return cls(weight, None, text)
