@@ -1,4 +1,4 @@
-"""The command line: ``vdqc compile | run | check | explain | inspect | passes``.
+"""The command line: ``vdqc compile | run | check | explain | inspect | passes | recipes``.
 
 Exit codes: 0 fine, 1 a check failed, 2 bad usage or input. Results go to stdout, everything else
 (progress, warnings, errors) to stderr; with ``--json`` stdout holds one JSON value, nothing else.
@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_explain(add("explain", explain_command, "say what compile would do, before it does it"))
     _add_inspect(add("inspect", inspect_command, "show what is in an artifact folder"))
     _add_passes(add("passes", passes_command, "list the passes, or one pass with its options"))
+    _add_recipes(add("recipes", recipes_command, "list the named recipes, or print one"))
     for sub in commands.choices.values():
         sub.set_defaults(words=list(sub._option_string_actions))
     return parser
@@ -113,17 +114,21 @@ def _add_recipe(sub: Any) -> None:
     sub.add_argument("model", help="a model.py with model() and samples(), or a diffusers folder")
     sub.add_argument(
         "--passes",
-        default="rotate,smooth,quant",
-        help="passes in order, e.g. 'rotate,smooth{alpha=0.6},quant' (default: %(default)s)",
+        help="passes in order, as 'rotate,smooth{alpha=0.6},quant' (default: rotate,smooth,quant)",
+    )
+    sub.add_argument(
+        "--recipe", metavar="NAME", help="a named recipe (vdqc recipes) or a .toml file of one"
     )
     sub.add_argument(
         "--scheme",
         action="append",
         metavar="[GLOB=]SCHEME",
         help="w8a8, w4a8-g64, none, ...; repeat with globs of site names, the last match wins "
-        "(default: w8a8)",
+        "(default: the recipe's, else w8a8)",
     )
-    sub.add_argument("--target", default="auto", help="auto or cpu (default: auto)")
+    sub.add_argument(
+        "--target", default="auto", help="cpu, sm80 ... sm120, or auto: this machine (default)"
+    )
     sub.add_argument(
         "--component", metavar="NAME", help="which model of a diffusers pipeline folder"
     )
@@ -207,15 +212,22 @@ def _add_passes(sub: Any) -> None:
     sub.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
+def _add_recipes(sub: Any) -> None:
+    sub.add_argument("name", nargs="?", metavar="recipe", help="a name, or a .toml file")
+    sub.add_argument("--json", action="store_true", help="print the recipes as JSON")
+
+
 def compile_command(options: argparse.Namespace) -> int:
     """``vdqc compile``."""
     from vdqc import compiler, summary
+    from vdqc.engine.distributed import is_first_worker
     from vdqc.report.data import report_data
 
     artifact = compiler.compile(
         options.model,
         passes=options.passes,
-        scheme=options.scheme or "w8a8",
+        recipe=options.recipe,
+        scheme=options.scheme,
         target=options.target,
         out=options.out,
         force=options.force,
@@ -227,7 +239,8 @@ def compile_command(options: argparse.Namespace) -> int:
         diagnostics=_diagnostics(options),
         progress=_progress(options),
     )
-    print(summary.compiled(report_data(artifact), artifact.path, options.model))
+    if is_first_worker():
+        print(summary.compiled(report_data(artifact), artifact.path, options.model))
     return OK
 
 
@@ -290,7 +303,7 @@ def explain_command(options: argparse.Namespace) -> int:
     from vdqc.explain import explain
 
     diagnostics = _diagnostics(options)
-    recipe = compiler.parse_recipe(options.passes, options.scheme or "w8a8")
+    recipe = compiler.parse_recipe(options.passes, options.scheme, options.recipe)
     target = compiler.usable_target(options.target, diagnostics)
     source = compiler.as_source(options.model, None, options.component)
     plan = explain(source, recipe, target, diagnostics, progress=_progress(options))
@@ -327,6 +340,20 @@ def passes_command(options: argparse.Namespace) -> int:
     else:
         entries = catalog.catalog(PASSES)
         _print(options, entries, summary.pass_list(entries))
+    return OK
+
+
+def recipes_command(options: argparse.Namespace) -> int:
+    """``vdqc recipes``."""
+    from vdqc import summary
+    from vdqc.engine import named
+
+    if options.name:
+        found = named.named(options.name)
+        _print(options, found.to_json(), summary.one_recipe(found))
+    else:
+        every = [named.named(name) for name in named.names()]
+        _print(options, [each.to_json() for each in every], summary.recipe_list(every))
     return OK
 
 

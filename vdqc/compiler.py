@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from vdqc import report
 from vdqc.aot import PACKAGE, package
 from vdqc.base import numerics
-from vdqc.base.diagnostics import Diagnostics, InputError, VerifyError
+from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError, VerifyError
 from vdqc.base.target import Target
 from vdqc.bypassed import refuse_bypassed_hooks
 from vdqc.calls import flat_output, users_code
+from vdqc.engine.distributed import own_place
+from vdqc.engine.named import NamedRecipe, named
 from vdqc.engine.pass_manager import Context, PassManager, PassRecord, check_order, probe_output
 from vdqc.engine.recipe import Recipe, load_pass
 from vdqc.ir import artifact
@@ -39,6 +41,8 @@ from vdqc.sites import site_rows, with_kernels
 #: Where the first sample's tensors are kept; in a folder of its own, apart from the weights.
 PROBE = "probe/inputs.safetensors"
 
+#: What is done where neither passes nor a recipe are named.
+DEFAULT_PASSES = "rotate,smooth,quant"
 #: Wraps an iterable with a progress bar: ``(items, description) -> items``.
 Progress = Callable[[Any, str], Any]
 
@@ -46,11 +50,12 @@ Progress = Callable[[Any, str], Any]
 def compile(
     model: nn.Module | str | Path,
     samples: Iterable[Sample] | None = None,
-    passes: str = "rotate,smooth,quant",
-    scheme: str | Sequence[str] = "w8a8",
+    passes: str | None = None,
+    scheme: str | Sequence[str] | None = None,
     target: str = "auto",
     out: str | Path | None = None,
     *,
+    recipe: str | None = None,
     force: bool = False,
     seed: int = 0,
     verify: bool = True,
@@ -62,16 +67,19 @@ def compile(
 ) -> Artifact:
     """Compile ``model`` (a module, a model.py or a diffusers folder) into the folder ``out``.
 
-    ``scheme`` is ``w8a8`` or texts ``glob=scheme``, later ones win; ``out`` defaults to
+    ``passes`` (by default ``rotate,smooth,quant``) or ``recipe``, the name or file of one, say what
+    is done. ``scheme`` is ``w8a8`` or texts ``glob=scheme``, later ones win; ``out`` defaults to
     ``<name>.vdqc``; ``mapped`` leaves a folder's weights on disk and streams them (by default where
     they exceed half of the free memory); ``aot`` adds an AOTInductor package. Words and order are
     checked before the model is loaded, an existing ``out`` is refused unless ``force``, and nothing
-    is left behind if anything fails. Raises VdqcError.
+    is left behind if anything fails. Under ``torchrun`` the first worker writes ``out``, the others
+    train with it. Raises VdqcError.
     """
     diagnostics = diagnostics or Diagnostics()
-    recipe = parse_recipe(passes, scheme)
+    plan = parse_recipe(passes, scheme, recipe)
     machine = usable_target(target, diagnostics)
-    with artifact.staging(out_folder(model, out), force) as folder:
+    place = own_place(out_folder(model, out))
+    with artifact.staging(place, force) as folder:
         source = as_source(model, samples, component, mapped)
         refuse_bypassed_hooks(source.model, diagnostics)
         expected = float_output(source) if verify else None
@@ -81,10 +89,10 @@ def compile(
             return_freed_memory()
             verify = probe_stored(verify, aot, diagnostics)
         check_weights(graph, progress)
-        ctx = Context(source.samples, machine, diagnostics, recipe.rules, seed, progress)
+        ctx = Context(source.samples, machine, diagnostics, plan.rules, seed, progress)
         texts = IRTexts({"00_captured": str(graph)})
         bytes_float = weight_bytes(graph)
-        manager = PassManager(recipe.passes, probe=verify, instruments=[texts])
+        manager = PassManager(plan.passes, probe=verify, instruments=[texts])
         records = [captured, *manager.run(graph, ctx)]
         check_capture(graph, manager, expected)
         rows = site_rows(graph, records)
@@ -99,7 +107,7 @@ def compile(
         artifact.write(
             graph,
             folder,
-            recipe=recipe,
+            recipe=plan,
             records=[*records, lowered],
             choices=choices,
             diagnostics=diagnostics,
@@ -113,12 +121,24 @@ def compile(
             package(graph, machine, inputs, folder / PACKAGE)
         report.write(folder)
         artifact.seal(folder, progress)
-    return artifact.read(out_folder(model, out))
+    return artifact.read(place)
 
 
-def parse_recipe(passes: str, scheme: str | Sequence[str]) -> Recipe:
-    """The complete recipe for two texts; raises ConfigError or OrderError."""
-    return complete(Recipe.parse(passes, PASSES, [scheme] if isinstance(scheme, str) else scheme))
+def parse_recipe(
+    passes: str | None, scheme: str | Sequence[str] | None, recipe: str | None = None
+) -> Recipe:
+    """The complete recipe for a pass list or a named recipe; raises ConfigError or OrderError.
+
+    A scheme that is given wins over the named recipe's own.
+    """
+    if passes is not None and recipe is not None:
+        raise ConfigError(
+            "expected a pass list or a recipe, got both",
+            f"'vdqc recipes {recipe}' prints its passes, to be edited",
+        )
+    found = NamedRecipe("", (passes or DEFAULT_PASSES,)) if recipe is None else named(recipe)
+    schemes = [scheme] if isinstance(scheme, str) else scheme or found.scheme
+    return complete(Recipe.parse(found.pass_list if passes is None else passes, PASSES, schemes))
 
 
 def complete(recipe: Recipe) -> Recipe:
@@ -128,12 +148,12 @@ def complete(recipe: Recipe) -> Recipe:
     hardly anything can be absorbed without changing codes. A pass that the user named stays where
     it is. Raises OrderError for an impossible order.
     """
-    named = {item.name for item in recipe.passes}
-    first = [name for name in ("canonicalize", "annotate") if name not in named]
+    present = {item.name for item in recipe.passes}
+    first = [name for name in ("canonicalize", "annotate") if name not in present]
     passes = [*(load_pass(name, PASSES)() for name in first), *recipe.passes]
     final = check_order(passes)
     fold = load_pass("fold", PASSES)
-    if "fold" not in named and final in fold.at:
+    if "fold" not in present and final in fold.at:
         lossy = next((i for i, item in enumerate(passes) if not item.exact), len(passes))
         if lossy < len(passes) and passes[lossy - 1].name != "annotate":
             passes.insert(lossy, fold())

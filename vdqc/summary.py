@@ -9,6 +9,7 @@ from typing import Any
 
 from vdqc.base.diagnostics import ConfigError, nearest
 from vdqc.check import CheckResult
+from vdqc.engine.named import NamedRecipe
 from vdqc.explain import Plan
 from vdqc.report.data import ReportData
 from vdqc.runner import RunResult
@@ -187,6 +188,23 @@ def pass_list(entries: Sequence[Mapping[str, Any]]) -> str:
         for entry in entries
     ]
     return columns(rows, ["pass", "", "stage", "what it does"])
+
+
+def recipe_list(recipes: Sequence[NamedRecipe]) -> str:
+    """``vdqc recipes``."""
+    rows = [[recipe.name, ",".join(recipe.scheme), recipe.about] for recipe in recipes]
+    return columns(rows, ["recipe", "scheme", "what it does"])
+
+
+def one_recipe(recipe: NamedRecipe) -> str:
+    """``vdqc recipes NAME``: the list of its passes, and what to know of it."""
+    lines = [f"{recipe.name}  ({', '.join(recipe.scheme)})", "", recipe.about]
+    if recipe.source:
+        lines.append(f"Source: {recipe.source}")
+    lines += ["", "passes", *(f"  {item}" for item in recipe.passes)]
+    if recipe.departures:
+        lines += ["", "departures", *(f"  {item}" for item in recipe.departures)]
+    return "\n".join(lines)
 
 
 def one_pass(entry: Mapping[str, Any]) -> str:
