@@ -10,11 +10,15 @@ Source: torch.distributed: gloo on CPUs, nccl on GPUs.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -67,6 +71,20 @@ class Workers:
         if self.size > 1:
             with _lost_is_named(self):
                 dist.barrier()
+
+
+def is_first_worker() -> bool:
+    """True for the process that writes results: the only one, or worker 0 of ``torchrun``."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def own_place(out: Path) -> Path:
+    """Where this process may write: ``out`` for the first worker, else a folder gone at exit."""
+    if is_first_worker():
+        return out
+    folder = tempfile.mkdtemp(prefix="vdqc-worker-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder) / out.name
 
 
 @contextmanager
