@@ -424,6 +424,9 @@ def test_even_attention_weighs_all_tokens_high(dtype: torch.dtype) -> None:
     taps = {tap(SITE, kind): torch.ones(2, 3, 12, 4, dtype=dtype) for kind in ("query", "key")}
     ctx = context(fp_taps=taps)
     assert torch.equal(TokenDistillation().weights(ctx)[0], torch.ones(2, 12))
+    faint = {name: 1e-4 * torch.randn_like(value) for name, value in taps.items()}
+    ctx = context(fp_taps=faint)  # less apart than rounding: no order to make weights of
+    assert torch.equal(TokenDistillation().weights(ctx)[0], torch.ones(2, 12))
 
 
 def test_text_and_video_are_compared_with_their_own() -> None:
@@ -480,6 +483,10 @@ def test_attention_over_other_tokens_is_refused() -> None:
     ctx = context(fp_out=torch.zeros(2, 7, 6), q_out=torch.zeros(2, 7, 6))
     with pytest.raises(InputError, match=r"self-attention over the 7 tokens of the output"):
         make_term("std")(ctx)
+    site = AttentionSite(frames=FrameMap.of(3, 4))  # known before any block runs
+    reason = make_term("std").misfit({SITE: site}, None, ctx.fp_out)
+    assert reason == "expected self-attention over the 7 tokens of the output, got [{12}]"
+    assert not make_term("std").misfit({SITE: site}, None, torch.zeros(2, 12, 6))
 
 
 # -- TMD ----------------------------------------------------------------------------------------

@@ -58,8 +58,15 @@ class TokenDistillation(LossTerm):
     def misfit(
         self, attention: Mapping[str, AttentionSite], frames: FrameMap | None, out: Tensor
     ) -> str:
-        """Blocks without self-attention weigh no token."""
-        return "" if self_attention(attention) else "expected self-attention in the block, got none"
+        """Blocks without self-attention over the output's tokens weigh none of them."""
+        sites = [attention[name] for name in self_attention(attention)]
+        if not sites:
+            return "expected self-attention in the block, got none"
+        count = pixel_count(out)
+        lengths = [_lengths(site) for site in sites]
+        if all(lengths) and not any(count in known for known in lengths):
+            return f"expected self-attention over the {count} tokens of the output, got {lengths}"
+        return ""
 
     def __call__(self, ctx: LossContext) -> Tensor:
         """The weighted error of the block."""
@@ -109,6 +116,13 @@ def received(ctx: LossContext) -> list[Tensor]:
     # a stream that no site attends in weighs alike: scaled() gives it ``high``
     blank = [sums[0].new_zeros(out.shape[0], pixel_count(out)) for out in outputs]
     return [part if part is not None else zero for part, zero in zip(sums, blank, strict=True)]
+
+
+def _lengths(site: AttentionSite) -> set[int]:
+    """How many output tokens a site may speak for; empty where its shapes do not tell."""
+    if site.frames is None or site.extent in ("frame", "time"):
+        return set()
+    return {site.frames.tokens, int(site.frames.video.sum())}
 
 
 def _outputs(ctx: LossContext) -> list[Tensor]:
