@@ -14,6 +14,7 @@ KERNELS: Mapping[str, str] = {
     "packed_matmul": "vdqc.kernels.integer:PACKED_MATMUL",
     "int8_linear": "vdqc.kernels.int8_linear:INT8_LINEAR",
     "packed_linear": "vdqc.kernels.packed_linear:PACKED_LINEAR",
+    "fp8_linear": "vdqc.kernels.fp8_linear:FP8_LINEAR",
     "group_linear": "vdqc.kernels.group_linear:GROUP_LINEAR",
     "weight_only_linear": "vdqc.kernels.weight_only_linear:WEIGHT_ONLY_LINEAR",
     "rotation": "vdqc.kernels.rotation:ROTATION",

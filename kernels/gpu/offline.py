@@ -113,15 +113,15 @@ def read_cubin(cubin: bytes, shared: int) -> Figures:
         usage = _cuobjdump("-res-usage", file.name)
         code = instructions(_cuobjdump("-sass", file.name))
     registers = re.search(r"REG:(\d+)", usage)
-    multiplies = [op for _, op, _ in code if _is_mma(op)]
-    count, per_mma = main_loop(code)
+    loop = main_loop(code)
+    multiplies = [op for op in loop or [op for _, op, _ in code] if _is_mma(op)]
     return Figures(
         regs=int(registers.group(1)) if registers else 0,
         spills=sum(op.startswith(("LDL", "STL")) for _, op, _ in code),
         shared=shared,
         opcode=max(set(multiplies), key=multiplies.count, default=""),
-        mma=count,
-        loop=per_mma,
+        mma=len(multiplies) if loop else 0,
+        loop=round(len(loop) / len(multiplies), 1) if loop else 0.0,
         bytes=len(cubin),
     )
 
@@ -144,19 +144,17 @@ def instructions(sass: str) -> list[tuple[int, str, str]]:
     return [(address, op, rest) for address, op, rest in found if op != "NOP"]
 
 
-def main_loop(code: Iterable[tuple[int, str, str]]) -> tuple[int, float]:
-    """Matrix multiplies in the shortest loop that has one, and its instructions per multiply."""
+def main_loop(code: Iterable[tuple[int, str, str]]) -> list[str]:
+    """Opcodes of the shortest loop that has a matrix multiply; empty if there is none."""
     code = list(code)
-    best: tuple[int, float] = (0, 0.0)
-    shortest = None
+    best: list[str] = []
     for address, op, rest in code:
         goal = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         if goal is None or int(goal.group(1), 16) >= address:
             continue
         body = [op for place, op, _ in code if int(goal.group(1), 16) <= place <= address]
-        count = sum(map(_is_mma, body))
-        if count and (shortest is None or len(body) < shortest):
-            shortest, best = len(body), (count, round(len(body) / count, 1))
+        if any(map(_is_mma, body)) and (not best or len(body) < len(best)):
+            best = body
     return best
 
 

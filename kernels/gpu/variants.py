@@ -13,6 +13,7 @@ from vdqc.kernels.gpu.runtime import ARCHS, Config, best_config
 #: Modules of this package with a list ``VARIANTS``.
 MODULES = (
     "gemm",
+    "tma_gemm",
     "packed_gemm",
     "attention",
     "block_mask",
@@ -56,6 +57,13 @@ INT8_MMA: Mapping[str, str] = {
     "sm90": r"IGMMA\.64x\d+x32\.S8",
     "sm100": r"UTCIMMA|IMMA\.16832\.S8",
     "sm120": r"IMMA\.16832\.S8",
+}
+#: Opcodes of an fp8 (e4m3) matrix multiply; sm80 has none.
+FP8_MMA: Mapping[str, str] = {
+    "sm89": r"QMMA\.16832\.F32\.E4M3",
+    "sm90": r"QGMMA\.64x\d+x32\.F32\.E4M3",
+    "sm100": r"UTCQMMA|QMMA\.16832",
+    "sm120": r"QMMA\.16832\.F32\.E4M3",
 }
 #: Opcodes of a bfloat16 matrix multiply.
 BF16_MMA: Mapping[str, str] = {

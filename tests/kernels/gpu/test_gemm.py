@@ -7,7 +7,9 @@ import torch
 
 from vdqc.base.diagnostics import InputError
 from vdqc.base.numerics import TOLERANCE, relative_error
-from vdqc.kernels.gpu import gemm
+from vdqc.kernels.fp8_linear import fp8_linear
+from vdqc.kernels.gpu import gemm, runtime, tma_gemm
+from vdqc.kernels.gpu.epilogue import epilogue
 from vdqc.kernels.gpu.runtime import Config
 from vdqc.kernels.int8_linear import int8_linear
 from vdqc.kernels.integer import int8_matmul
@@ -157,3 +159,56 @@ def test_wrong_operands_are_named(device: str) -> None:
     for name, value in wrong.items():
         with pytest.raises(InputError, match="codes" if name == "weight" else name):
             gemm.int8_linear(**case | {name: value})
+
+
+@pytest.mark.parametrize("absent", ["branch", "zero points", "nothing"])
+@pytest.mark.parametrize("shape", [(5, 48, 17), (80, 112, 70)])
+def test_operands_by_descriptor(absent: str, shape: tuple[int, int, int], device: str) -> None:
+    m, k, n = shape
+    case = linear_case((m,), k, n, torch.float32, device) | ABSENT[absent]
+    config = Config(64, 32, 64, variant="ws")
+    end = {name: value for name, value in case.items() if name not in ("codes", "weight", "dtype")}
+    pointers, constants = epilogue(case["codes"], n, **end)
+    out = torch.empty(m, n, device=device)
+    args = (case["codes"], case["weight"], out, pointers, constants, config)
+    tma_gemm.launch(*args, in_kernel=False)
+    assert relative_error(out, int8_linear(**case)) < TOLERANCE[torch.float32]
+    out.fill_(float("nan"))
+    tma_gemm.launch(*args, in_kernel=True)
+    assert relative_error(out, int8_linear(**case)) < TOLERANCE[torch.float32]
+
+
+def test_the_first_result_by_descriptor_is_checked(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_VERDICTS", {})
+    ws = Config(64, 32, 64, variant="ws")
+    monkeypatch.setattr(
+        gemm, "configuration", lambda op, *sizes: ws if "tma" in op else Config(32, 32, 32)
+    )
+    case = linear_case((20,), 64, 40, torch.float32, device) | ABSENT["branch"]
+    expected = int8_linear(**case)
+    for _ in range(2):
+        assert relative_error(gemm.int8_linear(**case), expected) < TOLERANCE[torch.float32]
+    assert list(runtime._VERDICTS.values()) == [True]
+    monkeypatch.setattr(runtime, "_VERDICTS", {})
+    monkeypatch.setattr(tma_gemm, "launch", lambda *args: args[2].zero_())
+    with pytest.warns(UserWarning, match="differs from the plain variant"):
+        assert relative_error(gemm.int8_linear(**case), expected) < TOLERANCE[torch.float32]
+    assert relative_error(gemm.int8_linear(**case), expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 24), (5, 63, 17), (80, 100, 70)])
+@pytest.mark.parametrize("rank", [None, 16])
+def test_fp8(shape: tuple[int, int, int], rank: int | None, device: str) -> None:
+    m, k, n = shape
+    a = torch.randn(m, k).to(device, torch.float8_e4m3fn)
+    w = torch.randn(n, k).to(device, torch.float8_e4m3fn)
+    scales = torch.rand(m, 1, device=device), torch.rand(n, device=device)
+    bias = torch.randn(n, device=device)
+    fused = [torch.randn(n), torch.randn(m, n)]
+    fused += [] if rank is None else [torch.randn(m, rank), torch.randn(n, rank)]
+    more = ("gelu_tanh", *(tensor.to(device) for tensor in fused))
+    args = (a, scales[0], w, scales[1], bias, torch.float32, *more)
+    found = gemm.fp8_linear(*args, config=SMALL)
+    assert relative_error(found, fp8_linear(*args)) < TOLERANCE[torch.float32]
