@@ -8,6 +8,7 @@ PASSES: PassTable = {
     "select": "vdqc.passes.select:Select",
     "rotate": "vdqc.passes.rotate:Rotate",
     "smooth": "vdqc.passes.smooth:Smooth",
+    "allocate": "vdqc.passes.allocate:Allocate",
     "split": "vdqc.passes.split:Split",
     "quant": "vdqc.passes.quant:Quant",
     "gptq": "vdqc.passes.gptq:Gptq",
