@@ -10,6 +10,8 @@ KERNELS: Mapping[str, str] = {
     "fused_quantize_asym": "vdqc.kernels.fused_quantize:FUSED_QUANTIZE_ASYM",
     "residual_quantize": "vdqc.kernels.fused_quantize:RESIDUAL_QUANTIZE",
     "residual_quantize_asym": "vdqc.kernels.fused_quantize:RESIDUAL_QUANTIZE_ASYM",
+    "rope_quantize": "vdqc.kernels.rope_quantize:ROPE_QUANTIZE",
+    "rope": "vdqc.kernels.rope_quantize:ROPE",
     "int8_matmul": "vdqc.kernels.integer:INT8_MATMUL",
     "packed_matmul": "vdqc.kernels.integer:PACKED_MATMUL",
     "int8_linear": "vdqc.kernels.int8_linear:INT8_LINEAR",

@@ -18,6 +18,7 @@ MODULES = (
     "attention",
     "block_mask",
     "quantize_variants",
+    "rope",
 )
 
 
