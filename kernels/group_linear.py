@@ -11,11 +11,12 @@ bias               float[N], None
 result             dtype[..., N]
 ================== =======================  ==============================================
 
-Scales that share no base leave no integer sum over all of K. On a CPU the codes (exact in bfloat16)
-meet dequantised weights in a GEMM of ``dtype``, half the speed of an integer one; a GPU accumulates
-each group in integers and adds the groups in float32.
+Scales that share no base leave no integer sum over all of K. The codes (exact in bfloat16) meet
+dequantised weights in a GEMM of ``dtype``, half the speed of an integer one. So too on a GPU, by
+cuBLAS: integer sums of each group, added in float32, need twice the registers (compiled for sm90:
+255 and 207 spills), and group scales that are whole multiples (``packed_linear``) need none.
 
-Error: on a CPU one rounding of each weight to ``dtype``, as in the float graph.
+Error: one rounding of each weight to ``dtype``, as in the float graph.
 Source: Lin et al., AWQ, arXiv 2306.00978, section 5 (group-wise weights).
 """
 

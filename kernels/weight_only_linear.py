@@ -10,7 +10,8 @@ result             float[..., N]            dtype of x
 ================== =======================  ==============================================
 
 The weight is dequantised once per call and dropped. Opaque to the compiler on purpose: Inductor
-compiles the unpack several times slower than eager torch runs it.
+compiles the unpack several times slower than eager torch runs it. On a GPU a product with at most
+64 rows reads the packed weight and dequantises it in registers.
 
 Error: one rounding of each weight to the dtype of x, as in the float graph.
 Source: Lin et al., AWQ, arXiv 2306.00978, section 5.
@@ -18,6 +19,7 @@ Source: Lin et al., AWQ, arXiv 2306.00978, section 5.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,6 +40,22 @@ def weight_only_linear(
     """The truth: see the module's text."""
     weight = dequantize_weight(packed, bits, x.shape[-1], weight_scale, weight_zero_point)
     return functional.linear(x, weight.to(x.dtype), bias)
+
+
+def _cuda(
+    x: Tensor,
+    packed: Tensor,
+    bits: int,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    from vdqc.kernels.gpu import weight_only
+
+    args = (x, packed, bits, weight_scale, weight_zero_point, bias)
+    if weight_only.serves(x, bits) and weight_scale.dtype == torch.float32:
+        return weight_only.weight_only_linear(*args)
+    return weight_only_linear(*args)
 
 
 def _fake(
@@ -75,4 +93,5 @@ WEIGHT_ONLY_LINEAR = define(
     fake=_fake,
     supports=_supports,
     cost=_cost,
+    cuda=_cuda,
 )

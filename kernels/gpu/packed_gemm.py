@@ -28,7 +28,6 @@ from torch import Tensor
 from vdqc.base.diagnostics import InputError
 from vdqc.base.packing import packed_bytes, unpack
 from vdqc.kernels.gpu import assembly, gemm
-from vdqc.kernels.gpu.assembly import MULTIPLIED, REGISTERS, TOP_BITS, WITH_SIGNS
 from vdqc.kernels.gpu.epilogue import (
     ENDS,
     NO_END,
@@ -38,6 +37,7 @@ from vdqc.kernels.gpu.epilogue import (
     types,
     write_tile,
 )
+from vdqc.kernels.gpu.planes import decode, lanes, load_bytes
 from vdqc.kernels.gpu.runtime import Config, configuration, on_device, operand
 from vdqc.kernels.gpu.variants import INT8_MMA, Variant, configurations
 
@@ -92,13 +92,13 @@ def packed_gemm(
     for start in range(0, run, BLOCK_K):
         inside = start + k < run
         for tile in tl.static_range(TILES):
-            first = _bytes(b + tile * run, inside[None, :], WHOLE)
+            first = load_bytes(b + tile * run, inside[None, :], WHOLE)
             middle = first
             last = first
             if BITS == 7:
-                middle = _bytes(b + (4 + tile % 2) * run, inside[None, :], WHOLE)
+                middle = load_bytes(b + (4 + tile % 2) * run, inside[None, :], WHOLE)
             if LAST < FIRST:
-                last = _bytes(b + run * (BITS // LAST - 1), inside[None, :], WHOLE)
+                last = load_bytes(b + run * (BITS // LAST - 1), inside[None, :], WHOLE)
             for index in tl.static_range(8 // FIRST):
                 total = _plane(
                     total,
@@ -168,51 +168,8 @@ def _plane(
         if not ONE_GROUP:
             column = (column + tl.arange(0, right.shape[0]))[None, :]
         factor = tl.load(multiplier + column // SIZE).to(tl.int32)
-    left = _lanes(first, middle, last, factor, BITS, PLANE, BINARY)
+    left = lanes(first, middle, last, factor, BITS, PLANE, BINARY)
     return tl.dot(left, right, total, out_dtype=tl.int32)
-
-
-@triton.jit
-def _bytes(pointers, inside, WHOLE: tl.constexpr):
-    return tl.load(pointers) if WHOLE else tl.load(pointers, mask=inside, other=0)
-
-
-@triton.jit
-def _lanes(
-    first,
-    middle,
-    last,
-    factor,
-    BITS: tl.constexpr,
-    PLANE: tl.constexpr,
-    BINARY: tl.constexpr,
-):
-    """The int8 left operand from the bytes of each part of a code."""
-    if BITS == 7:
-        found = _decode((first, middle, last), factor, BITS, PLANE, BINARY)
-    elif BITS == 3 or BITS == 5 or BITS == 6:
-        found = _decode((first, last), factor, BITS, PLANE, BINARY)
-    else:
-        found = _decode((first,), factor, BITS, PLANE, BINARY)
-    return found
-
-
-@triton.jit
-def _decode(words, factor, BITS: tl.constexpr, PLANE: tl.constexpr, BINARY: tl.constexpr):
-    if factor is None:
-        found = tl.inline_asm_elementwise(
-            TOP_BITS[8 * BITS + PLANE], REGISTERS[len(words)], words, tl.int8, True, 4
-        )
-    else:
-        found = tl.inline_asm_elementwise(
-            WITH_SIGNS[PLANE] if BINARY else MULTIPLIED[8 * BITS + PLANE],
-            REGISTERS[len(words) + 4],
-            words + (factor,),  # noqa: RUF005, Triton has no starred expressions
-            tl.int8,
-            True,
-            4,
-        )
-    return found
 
 
 @triton.jit
@@ -227,11 +184,11 @@ def _codes(
 ):
     """The int8 right operand: activations of the columns of ``PLANE``; packed ones MSB-aligned."""
     if CODE_BITS == 8:
-        found = _bytes(a + PLANE * run, inside, WHOLE)
+        found = load_bytes(a + PLANE * run, inside, WHOLE)
     else:
         HALF: tl.constexpr = 4 if BITS % 2 == 1 else (2 if BITS % 4 == 2 else 1)
-        words = _bytes(a + PLANE % HALF * run, inside, WHOLE)
-        found = _decode((words,), None, 4, PLANE // HALF, False)
+        words = load_bytes(a + PLANE % HALF * run, inside, WHOLE)
+        found = decode((words,), None, 4, PLANE // HALF, False)
     return found
 
 

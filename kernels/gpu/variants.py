@@ -15,6 +15,7 @@ MODULES = (
     "gemm",
     "tma_gemm",
     "packed_gemm",
+    "weight_only",
     "attention",
     "block_mask",
     "quantize_variants",
