@@ -20,7 +20,18 @@ ragged. Text queries are rows that keep everything; text keys are ids in every r
 
 On a CPU the kept key and value blocks of a few query blocks with equally many keys are gathered,
 then matmul, softmax, matmul: the time is proportional to the density, and the buffers stay in
-cache.
+cache. Measured in bfloat16 on one Zen 4 core (AVX512-BF16, 0.21 TFLOP/s), random blocks of 128,
+milliseconds:
+
+================== ===== ===== ===== ===== ============== ====================
+heads, tokens, D   100 % 50 %  25 %  10 %  ``attention``  torch's own (dense)
+================== ===== ===== ===== ===== ============== ====================
+12, 4096, 128      745   381   189   78    701            1210
+12, 4096, 64       427   227   117   51    404            651
+1, 16384, 128      1040  525   255   106   1054           1579
+================== ===== ===== ===== ===== ============== ====================
+
+FlexAttention with the same mask, compiled for the CPU, takes 3.0 to 3.7 times as long.
 
 Error: bfloat16: scores and probabilities rounded once, as in ``attention``; int8: codes of 8 bits,
 exact sums on a GPU, codes times scale rounded to the dtype of value on a CPU. float32: sums in

@@ -91,8 +91,7 @@ def sparse_attention(
         out = torch.zeros(batch, heads, queries, value.shape[3], dtype=v.dtype, device=device)
         return out
     arch = arch_of(device)
-    problem = {"width": width, "bits": 8 if int8 else 16}
-    config = config or best_config("sparse_attention", arch, problem, device.index)
+    config = config or configuration(arch, width, 8 if int8 else 16, device.index)
     with on_device(query):
         if config.variant != "ws" or not _fits_specialised(call, config):
             return _plain(call, config)
@@ -194,6 +193,21 @@ class _Operands:
 
 #: What every GPU can run: no spills, 82 KiB of shared memory.
 _SAFE = Config(block_n=64, warps=8, stages=2)
+#: Chosen by what compiles without spills; a row of a configuration file or a refined one wins.
+_TILES = {
+    "sm80": Config(block_n=64, warps=8, stages=3),
+    "sm89": _SAFE,
+    "sm90": Config(block_n=128, warps=4, stages=2, variant="ws"),
+    "sm100": _SAFE,
+    "sm120": _SAFE,
+}
+
+
+def configuration(arch: str, width: int, bits: int, device: int | None = None) -> Config:
+    """Tiles of a key block for heads of ``width`` channels and scores from ``bits`` (8 or 16)."""
+    problem = {"width": width, "bits": bits}
+    found = best_config("sparse_attention", arch, problem, device)
+    return _TILES[arch] if found == Config() else found
 
 
 def _plain(call: _Operands, config: Config) -> Tensor:
@@ -253,9 +267,9 @@ def _specialised(call: _Operands, config: Config) -> Tensor:
         triton.set_allocator(_scratch)
     if q_scale is not None:
         flat = q_scale.flatten()
-        q_scale = TensorDescriptor(flat, flat.shape, [1], [call.block_q]) if host else flat
+        q_scale = TensorDescriptor(flat, [flat.numel()], [1], [call.block_q]) if host else flat
         flat = k_scale.flatten()
-        k_scale = TensorDescriptor(flat, flat.shape, [1], [tile])
+        k_scale = TensorDescriptor(flat, [flat.numel()], [1], [tile])
     specialised[call.programs()](
         q=q,
         k=TensorDescriptor(call.k, call.k.shape, call.k.stride(), block),
@@ -309,7 +323,7 @@ def _variants() -> Iterator[Variant]:
     for bits, width in ((16, 128), (16, 64), (8, 128), (8, 64)):
         chosen: dict[Config, list[str]] = {}
         for arch in ARCHS:
-            config = best_config("sparse_attention", arch, {"width": width, "bits": bits})
+            config = configuration(arch, width, bits)
             for needed in {config, _SAFE} if config.variant == "ws" else {config}:
                 chosen.setdefault(needed, []).append(arch)
         for config, archs in chosen.items():

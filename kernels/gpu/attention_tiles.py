@@ -8,7 +8,7 @@ that no long row (text queries) is left to run alone at the end.
 
 Scores are in units of log2: p = 2^(s scale log2(e) - m). Only tiles that reach beyond the last key
 are masked; ``specialised`` cannot branch, so with a ragged number of keys it masks every tile,
-which takes 30 % more instructions between the multiplies: pad keys to whole blocks if you can.
+which takes a quarter more instructions between the multiplies: pad keys to whole blocks if you can.
 
 What the compiler accepts in ``specialised`` was found by compiling (Triton 3.6 and 3.9): queries
 must come through a descriptor, on 3.6 one made on the host, on 3.9 one made in the kernel; scales
@@ -40,7 +40,7 @@ def _program(starts, counts, order, heads, rows, mask_b, mask_h):
 @triton.jit
 def _masked(scores, first, length, BLOCK_N: tl.constexpr):
     """Minus infinity for keys from ``length`` on."""
-    exists = first + tl.arange(0, BLOCK_N) < length
+    exists = tl.arange(0, BLOCK_N) < length - first
     return tl.where(exists[None, :], scores, float("-inf"))
 
 

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vdqc.base.block_mask import BlockMask, blocks, compress, full_mask
+from vdqc.base.block_mask import BlockMask, block_means, blocks, compress, full_mask
 from vdqc.base.diagnostics import InputError
 from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.base.target import TARGETS
 from vdqc.kernels.attention import ATTENTION
 from vdqc.kernels.base import AttentionProblem
+from vdqc.kernels.block_mask import BLOCK_MASK_TOPK  # noqa: F401 (registers the op)
 from vdqc.kernels.sparse_attention import (
     SPARSE_ATTENTION,
     SPARSE_ATTENTION_INT8,
@@ -191,6 +192,24 @@ def test_opcheck() -> None:
         torch.library.opcheck(SPARSE_ATTENTION.op, args, test_utils=checks)
         args = (qc, qs, kc, ks, v, *arguments(mask, 0.25), *tail)
         torch.library.opcheck(SPARSE_ATTENTION_INT8.op, args, test_utils=checks)
+
+
+def test_a_program_that_builds_its_mask_is_exported() -> None:
+    class Sparse(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            means = [block_means(x, 64) for x in (q, k)]
+            mask = OPS.block_mask_topk(*means, 0.25, 2, 0.0, [0, 1], [0, 1], 64, 64)
+            return OPS.sparse_attention(q, k, v, *mask, 0.25, 64, 64)
+
+    sample = [x.contiguous() for x in operands(1, 2, 200, 200, 16)]
+    exported = torch.export.export(Sparse(), tuple(sample), strict=False)
+    other = [x.contiguous() for x in operands(1, 2, 200, 200, 16)]
+    expected = Sparse()(*other)
+    assert torch.equal(exported.module()(*other), expected)
+    dense = OPS.attention(*other, None, 0.25)
+    assert relative_error(expected, dense) > 0.01
+    # text attends to everything
+    assert relative_error(expected[:, :, 192:], dense[:, :, 192:]) < TOLERANCE[torch.float32]
 
 
 def test_price_is_proportional_to_density() -> None:

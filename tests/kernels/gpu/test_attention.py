@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from vdqc.base.block_mask import BlockMask, blocks, compress, full_mask
 from vdqc.base.diagnostics import InputError
 from vdqc.base.numerics import TOLERANCE, relative_error
+from vdqc.kernels.attention import ATTENTION
 from vdqc.kernels.gpu import attention
 from vdqc.kernels.gpu.attention import sparse_attention
 from vdqc.kernels.gpu.runtime import Config
@@ -174,6 +175,24 @@ def test_scores_far_below_zero_are_kept(poison: None, device: str) -> None:
     found = sparse_attention(q, k, v, *arguments(mask), config=Config(block_n=16, warps=4))
     expected = v.float().mean(2, keepdim=True).expand(1, 1, 4, 16)  # all scores are equal
     assert relative_error(found, expected) < TOLERANCE[BF16]
+
+
+def test_the_ops_on_this_device(device: str) -> None:
+    q, k, v = operands(1, 2, 200, 200, 64, device)
+    mask = random_mask(2, 200, 200, 128, 0.7, device)
+    wide = [x.double() for x in (q, k, v)]
+    found = torch.ops.vdqc_kernels.sparse_attention(q, k, v, *arguments(mask))
+    assert relative_error(found, truth(*wide, *arguments(mask))) < TOLERANCE[BF16]
+    (qc, qs), (kc, ks) = int8_rows(q), int8_rows(k)
+    found = torch.ops.vdqc_kernels.sparse_attention_int8(qc, qs, kc, ks, v, *arguments(mask))
+    expected = truth_int8(qc, qs, kc, ks, v.float(), *arguments(mask))
+    assert relative_error(found, expected) < TOLERANCE[BF16]
+    for chosen in (None, torch.rand(200, 200, device=device) > 0.3):
+        found = ATTENTION.op(q, k, v, chosen, 0.2)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *wide, attn_mask=chosen, scale=0.2
+        )
+        assert relative_error(found, expected) < TOLERANCE[BF16]
 
 
 def test_what_no_kernel_takes(device: str) -> None:
