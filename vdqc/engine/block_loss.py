@@ -74,8 +74,15 @@ class PieceLoss:
             whole += float(loss)
             for name, value in found.items():
                 parts[name] += value
+        module.release()
         self.state.update({key: value for key, value in state.items() if "|auto" in key})
         return whole, parts, len(samples)
+
+    def release(self) -> None:
+        """Let go of the piece's weights."""
+        self.module.release()
+        if self.teacher is not None:
+            self.teacher.release()
 
     def _student(self, trainable: Sequence[str]) -> BlockModule:
         piece = self.piece

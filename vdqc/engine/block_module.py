@@ -243,6 +243,12 @@ class BlockModule(nn.Module):
         made = dict(zip(self.makes, results, strict=False))
         return made, dict(zip(self.taps, results[len(self.makes) :], strict=True))
 
+    def release(self) -> None:
+        """Let go of the weights now: a graph module refers to itself and would wait for gc."""
+        for module in self.modules():
+            module._buffers.clear()
+            module._parameters.clear()
+
 
 def attention_nodes(cuts: Cuts, reads: Sequence[str], makes: Sequence[str]) -> list[fx.Node]:
     """Attention sites of a piece, in order."""

@@ -159,7 +159,7 @@ class _Run:
         steps = self.schedule.steps(len(self.ctx.samples))
         bar = iter(self.ctx.progress(range(steps * len(trained)), "distill"))
         for index, piece in enumerate(self.pieces):
-            self._teach(piece, with_targets=bool(piece.free) or index + 1 < len(self.pieces))
+            self._teach(piece)
             if piece.free and terms[piece.name]:
                 ticks = _Ticks(bar, steps)
                 found.append(self._train(index, piece, terms[piece.name], ticks))
@@ -178,14 +178,13 @@ class _Run:
                     self.own_cache.put(sample, node.name, value)
 
     @torch.no_grad()
-    def _teach(self, piece: Piece, with_targets: bool) -> None:
-        if not with_targets:
-            return
+    def _teach(self, piece: Piece) -> None:
         module = BlockModule(self.teacher_cuts, piece.teacher_reads, piece.makes)
         for sample in self.mine:
             made, _ = module({key: self.cache.get(sample, key) for key in module.reads})
             for key, value in made.items():
                 self.cache.put(sample, key, value)
+        module.release()
 
     @torch.no_grad()
     def _advance(self, index: int, piece: Piece) -> None:
@@ -198,6 +197,7 @@ class _Run:
                 made, _ = module({key: self.own_cache.get(sample, key) for key in module.reads})
                 for key, value in made.items():
                     self.own_cache.put(sample, key, value)
+            module.release()
             self.own_cache.keep_only(needed)
         self.cache.keep_only(needed)
 
@@ -227,6 +227,8 @@ class _Run:
         except InputError as error:
             self._keep_last_good(index, piece, params, error)
             raise
+        finally:
+            loss.release()
         facts: dict[str, Any] = {
             "start": outcome.start,
             "best": outcome.best,

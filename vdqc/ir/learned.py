@@ -132,25 +132,28 @@ def weight_scale(
     def times(node: fx.Node, ratio: fx.Node | None) -> fx.Node:
         return node if ratio is None else call(aten.mul.Tensor, node, ratio)
 
-    wide = cast(graph, weight, parameter_dtype(weight.meta["val"].dtype), before)
+    dtype = parameter_dtype(weight.meta["val"].dtype)
     grouped = spec.granularity.kind is GranularityKind.GROUP
+    view = weight
     if grouped:
-        wide = call(aten.unflatten.int, wide, -1, [-1, spec.granularity.size])
+        view = call(aten.unflatten.int, weight, -1, [-1, spec.granularity.size])
     axes: tuple[Any, ...] = ([-1], not grouped)
     if spec.granularity.kind is GranularityKind.TENSOR:
         axes = ()
+    # both ends, not max|w|: their gradients need the weight alone, |w| would be one more copy of it
+    low, high = (
+        cast(graph, call(end, view, *axes), dtype, before)
+        for end in (aten.amin.default, aten.amax.default)
+    )
     zero_point = None
     if spec.symmetric:
-        top = call(aten.amax.default, call(aten.abs.default, wide), *axes)
+        ends = call(aten.abs.default, low), call(aten.abs.default, high)
+        top = call(aten.maximum.default, *ends)
         span = call(aten.div.Tensor, times(top, ratios[1]), spec.qmax)
         scale = _stepped(call, span, step)
     else:
-        low = call(
-            aten.clamp_max.default, times(call(aten.amin.default, wide, *axes), ratios[0]), 0
-        )
-        high = call(
-            aten.clamp_min.default, times(call(aten.amax.default, wide, *axes), ratios[1]), 0
-        )
+        low = call(aten.clamp_max.default, times(low, ratios[0]), 0)
+        high = call(aten.clamp_min.default, times(high, ratios[1]), 0)
         span = call(aten.div.Tensor, call(aten.sub.Tensor, high, low), spec.qmax - spec.qmin)
         scale = _stepped(call, span, step)
         position = call(aten.div.Tensor, call(aten.neg.default, low), scale)

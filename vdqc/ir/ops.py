@@ -65,26 +65,34 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_dynamic_backward(x, scale, grad, spec), None, None)
     view, g = numerics.group_view(x, spec), numerics.group_view(grad, spec)
     grad_x, grad_scale, grad_zero = _straight_through(view, g, scale, zero_point, spec)
-    offset = None if zero_point is None else grad_zero
-    return grad_x.reshape(x.shape), grad_scale, offset, None
+    return grad_x.reshape(x.shape), grad_scale, grad_zero, None
 
 
 def _straight_through(
     view: Tensor, g: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (as ``view``), scale and zero point for a gradient ``g`` of the output."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x (as ``view``), scale and zero point for a gradient ``g`` of the output.
+
+    In place where it can be: of a weight these are the largest temporaries of a training step.
+    """
     per_group = spec.granularity.size > 0
     s = scale.unsqueeze(-1) if per_group else scale
-    z = 0 if zero_point is None else (zero_point.unsqueeze(-1) if per_group else zero_point)
-    position = view.to(s.dtype) / s + z
-    inside = (position >= spec.qmin) & (position <= spec.qmax)
-    clipped = position.clamp(spec.qmin, spec.qmax) - z
-    code = position if spec.dtype.is_float else position.round()
-    slope = torch.where(inside, code - position, clipped) * g
+    z = None if zero_point is None else (zero_point.unsqueeze(-1) if per_group else zero_point)
+    position = view.to(s.dtype) / s
+    if z is not None:
+        position.add_(z)
+    outside = (position < spec.qmin) | (position > spec.qmax)
+    slope = position.clone() if spec.dtype.is_float else position.round()
+    slope.clamp_(spec.qmin, spec.qmax)
+    # code - position inside the range, code - zero point outside
+    position = position.masked_fill_(outside, 0) if z is None else torch.where(outside, z, position)
+    slope.sub_(position).mul_(g)
     grad_scale = slope.sum_to_size(s.shape).reshape(scale.shape).to(scale.dtype)
-    slope = torch.where(inside, 0, -s * g)
-    grad_zero = slope.sum_to_size(s.shape).reshape(scale.shape).to(scale.dtype)
-    return g * inside, grad_scale, grad_zero
+    grad_zero = None
+    if zero_point is not None:
+        slope = torch.where(outside, -s * g, 0)
+        grad_zero = slope.sum_to_size(s.shape).reshape(scale.shape).to(scale.dtype)
+    return g.masked_fill(outside, 0), grad_scale, grad_zero
 
 
 def _dynamic_backward(
