@@ -1,4 +1,4 @@
-"""The command line: ``vdqc compile | run | check | explain | inspect | passes | recipes``.
+"""The command line: ``vdqc compile | record | run | check | explain | inspect | passes | recipes``.
 
 Exit codes: 0 fine, 1 a check failed, 2 bad usage or input. Results go to stdout, everything else
 (progress, warnings, errors) to stderr; with ``--json`` stdout holds one JSON value, nothing else.
@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     _add_compile(add("compile", compile_command, "compile a model into an artifact folder"))
+    _add_record(add("record", record_command, "record a sampler's calls to calibrate on"))
     _add_run(add("run", run_command, "run a compiled model"))
     _add_check(add("check", check_command, "compare a compiled model with its float model"))
     _add_explain(add("explain", explain_command, "say what compile would do, before it does it"))
@@ -138,6 +139,7 @@ def _add_recipe(sub: Any) -> None:
 def _add_compile(sub: Any) -> None:
     _add_recipe(sub)
     sub.add_argument("-o", "--out", metavar="DIR", help="output folder (default: <stem>.vdqc)")
+    sub.add_argument("--pool", metavar="DIR", help="calls that vdqc record kept, to learn from")
     sub.add_argument("--force", action="store_true", help="replace the output folder if it exists")
     sub.add_argument("--aot", action="store_true", help="add an AOTInductor package")
     sub.add_argument(
@@ -149,6 +151,16 @@ def _add_compile(sub: Any) -> None:
     sub.add_argument(
         "--no-verify", action="store_true", help="skip the probe that measures every pass"
     )
+
+
+def _add_record(sub: Any) -> None:
+    sub.add_argument("model", help="a model.py with model(), samples() and generate()")
+    sub.add_argument("-o", "--out", required=True, metavar="DIR", help="the pool's folder")
+    sub.add_argument(
+        "--trajectories", type=int, default=10, metavar="N", help="sampling runs (default: 10)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the first one (default: 0)")
+    sub.add_argument("--component", metavar="NAME", help="which model of a pipeline folder")
 
 
 def _add_run(sub: Any) -> None:
@@ -227,6 +239,7 @@ def compile_command(options: argparse.Namespace) -> int:
         options.model,
         passes=options.passes,
         recipe=options.recipe,
+        pool=options.pool,
         scheme=options.scheme,
         target=options.target,
         out=options.out,
@@ -241,6 +254,21 @@ def compile_command(options: argparse.Namespace) -> int:
     )
     if is_first_worker():
         print(summary.compiled(report_data(artifact), artifact.path, options.model))
+    return OK
+
+
+def record_command(options: argparse.Namespace) -> int:
+    """``vdqc record``."""
+    from vdqc import compiler
+
+    if options.trajectories < 1:
+        raise ConfigError(f"--trajectories: expected at least 1, got {options.trajectories}")
+    seeds = range(options.seed, options.seed + options.trajectories)
+    pool = compiler.record_pool(
+        options.model, options.out, seeds, component=options.component, progress=_progress(options)
+    )
+    print(f"{len(pool)} calls of {options.trajectories} trajectories -> {options.out}/")
+    print(f"next: vdqc compile {options.model} --recipe s2q_vdit --pool {options.out}")
     return OK
 
 

@@ -25,7 +25,9 @@ from vdqc.calls import flat_output, users_code
 from vdqc.engine.distributed import own_place
 from vdqc.engine.named import NamedRecipe, named
 from vdqc.engine.pass_manager import Context, PassManager, PassRecord, check_order, probe_output
+from vdqc.engine.pool import Pool, open_pool
 from vdqc.engine.recipe import Recipe, load_pass
+from vdqc.engine.trajectory import record
 from vdqc.ir import artifact
 from vdqc.ir.artifact import Artifact
 from vdqc.ir.frontend import capture
@@ -56,6 +58,7 @@ def compile(
     out: str | Path | None = None,
     *,
     recipe: str | None = None,
+    pool: str | Path | None = None,
     force: bool = False,
     seed: int = 0,
     verify: bool = True,
@@ -69,16 +72,19 @@ def compile(
 
     ``passes`` (by default ``rotate,smooth,quant``) or ``recipe``, the name or file of one, say what
     is done. ``scheme`` is ``w8a8`` or texts ``glob=scheme``, later ones win; ``out`` defaults to
-    ``<name>.vdqc``; ``mapped`` leaves a folder's weights on disk and streams them (by default where
-    they exceed half of the free memory); ``aot`` adds an AOTInductor package. Words and order are
-    checked before the model is loaded, an existing ``out`` is refused unless ``force``, and nothing
-    is left behind if anything fails. Under ``torchrun`` the first worker writes ``out``, the others
-    train with it. Raises VdqcError.
+    ``<name>.vdqc``. Passes learn from the samples, or from the calls that ``record_pool`` left in
+    the folder ``pool``; the graph is captured from the samples either way. ``mapped`` leaves a
+    folder's weights on disk and streams them (by default where they exceed half of the free
+    memory); ``aot`` adds an AOTInductor package. Words and order are checked before the model is
+    loaded, an existing ``out`` is refused unless ``force``, and nothing is left behind if anything
+    fails. Under ``torchrun`` the first worker writes ``out``, the others train with it. Raises
+    VdqcError.
     """
     diagnostics = diagnostics or Diagnostics()
     plan = parse_recipe(passes, scheme, recipe)
     machine = usable_target(target, diagnostics)
     place = own_place(out_folder(model, out))
+    calls = None if pool is None else open_pool(Path(pool))
     with artifact.staging(place, force) as folder:
         source = as_source(model, samples, component, mapped)
         refuse_bypassed_hooks(source.model, diagnostics)
@@ -90,6 +96,8 @@ def compile(
             verify = probe_stored(verify, aot, diagnostics)
         check_weights(graph, progress)
         ctx = Context(source.samples, machine, diagnostics, plan.rules, seed, progress)
+        if calls is not None:
+            ctx.use(calls)
         texts = IRTexts({"00_captured": str(graph)})
         bytes_float = weight_bytes(graph)
         manager = PassManager(plan.passes, probe=verify, instruments=[texts])
@@ -122,6 +130,29 @@ def compile(
         report.write(folder)
         artifact.seal(folder, progress)
     return artifact.read(place)
+
+
+def record_pool(
+    model: str | Path,
+    folder: str | Path,
+    seeds: Sequence[int],
+    *,
+    component: str | None = None,
+    progress: Progress = lambda items, description: items,
+) -> Pool:
+    """The calls that the sampler of a model.py makes from ``seeds``, kept in ``folder``.
+
+    Goes on where an earlier recording was interrupted. Raises InputError for a source without
+    ``generate(model, seed)``.
+    """
+    source = as_source(model, None, component)
+    if source.generate is None:
+        raise InputError(
+            f"expected generate(model, seed) in {model}, which runs the sampler; found none",
+            "write it, or give the passes samples that you collected",
+        )
+    with users_code("generate()", "check that it runs with the float model"):
+        return record(source.model, source.generate, seeds, Path(folder), progress=progress)
 
 
 def parse_recipe(

@@ -1,0 +1,283 @@
+"""What each recipe costs in quality: recipes and baselines by scheme, on models trained here.
+
+    python benchmarks/quality.py                                   # the whole table, resumes
+    python benchmarks/quality.py --recipes rtn,quarot --schemes w4a8,w4a6 --seeds 0
+    python benchmarks/quality.py --table                           # print what is there
+
+One row per model, recipe, scheme, density and seed, written to ``results/quality.json`` as soon as
+it is measured; a row that is there is not measured again unless ``--again``. Every model is
+compiled and loaded as a user would, and compared with the float model by ``vdqc.check``:
+step-locked SQNR along the float trajectory, PSNR and SSIM of whole videos from the same seed, the
+model's own accuracy. ``relation`` is the temporal relation distance of the generated frames.
+
+All recipes learn from the same candidates: calls along the float model's trajectories of seeds that
+are not measured. ``planted`` is the same function with outlier channels planted by exact scaling:
+small trained models have none, large ones do. It is an extra column, and labelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdqc.base.diagnostics import VdqcError
+from vdqc.check import check
+from vdqc.compiled import load
+from vdqc.compiler import compile as compile_model
+from vdqc.engine.named import named
+from vdqc.engine.trajectory import record
+from vdqc.ir.source import Source, load_source
+from vdqc.report.data import report_data
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results" / "quality.json"
+DIGITS = ROOT / "examples" / "digits" / "model.py"
+RECIPES = "rtn,smoothquant,quarot,gptq,svdquant,quantvggt,s2q_vdit,qvdit,quantsparse"
+SCHEMES = "w8a8,w6a6,w4a8,w4a6,w4a4,w3a8,w3a6,w2a8"
+#: Recorded trajectories; each has as many calls as the sampler has steps.
+TRAJECTORIES = 6
+KEY = ("model", "recipe", "scheme", "density", "seed")
+
+
+def main() -> int:
+    """Measure what is missing, print the table."""
+    options = parse()
+    rows = read()
+    if not options.table:
+        for model in options.models.split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                source = SOURCES[model]()
+                record_calls(source, Path(folder))
+                for job in jobs(options, model, rows):
+                    print(" ".join(str(job[key]) for key in KEY), end=" ", flush=True)
+                    row = measure(source, job, Path(folder), options)
+                    rows = [old for old in rows if key_of(old) != key_of(row)] + [row]
+                    write(rows)
+                    shown = ("error",) if "error" in row else ("sqnr_db", "psnr_db", "accuracy")
+                    facts = " ".join(f"{key}={row[key]}" for key in shown)
+                    print(f"{facts} {row['seconds']:.0f} s", flush=True)
+    print(table(rows))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="digits,planted")
+    parser.add_argument("--recipes", default=RECIPES, help="names, or .toml files")
+    parser.add_argument("--schemes", default=SCHEMES)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--videos", type=int, default=1, help="generations of eight videos each")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    return parser.parse_args()
+
+
+def jobs(
+    options: argparse.Namespace, model: str, rows: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """What is to be measured of ``model``."""
+    there = {key_of(row) for row in rows if "error" not in row}
+    for seed in map(int, options.seeds.split(",")):
+        for scheme in options.schemes.split(","):
+            for recipe in options.recipes.split(","):
+                job = {"model": model, "recipe": Path(recipe).stem, "scheme": scheme}
+                job |= {"density": 1.0, "seed": seed, "file": recipe}
+                if options.again or key_of(job) not in there:
+                    yield job
+
+
+def measure(
+    source: Source, job: dict[str, Any], pool: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One row; a recipe that refuses the job leaves a row that says why."""
+    row = {key: job[key] for key in KEY}
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            recipe = named(job["file"])
+            artifact = compile_model(
+                source.model,
+                source.samples,
+                recipe.pass_list,
+                fitting(recipe.scheme, job["scheme"]),
+                pool=pool,
+                target="cpu",
+                out=Path(folder) / "out",
+                seed=job["seed"],
+                verify=False,
+            )
+        except VdqcError as error:
+            return {**row, "error": str(error).splitlines()[0], "seconds": elapsed(begin)}
+        seconds = elapsed(begin)
+        data = report_data(artifact)
+        compiled = load(artifact.path)
+        seeds = tuple(range(options.videos))
+        found = check(compiled, source, seeds=seeds, timing_runs=0)
+        assert found.frames is not None
+        return {
+            **row,
+            "sqnr_db": round(found.sqnr_db, 2),
+            "worst_sqnr_db": round(found.worst.sqnr_db, 2),
+            "psnr_db": mean(video.psnr_db for video in found.videos),
+            "ssim": mean(video.ssim for video in found.videos),
+            "accuracy": mean(video.accuracy or 0.0 for video in found.videos),
+            "accuracy_float": mean(video.accuracy_float or 0.0 for video in found.videos),
+            "relation": round(relation(*found.frames), 6),
+            "effective_bits": round(data.effective_bits or 0.0, 3),
+            "bytes": found.bytes_compiled,
+            "seconds": seconds,
+            "steps": [round(step.sqnr_db, 2) for step in found.steps],
+        }
+
+
+def fitting(own: tuple[str, ...], scheme: str) -> list[str]:
+    """``scheme`` with the form of the recipe's own (``-asym``, groups) and its rules for sites."""
+    suffix = own[0].partition("-")[2]
+    return [f"{scheme}-{suffix}" if suffix else scheme, *own[1:]]
+
+
+def relation(expected: Tensor, actual: Tensor) -> float:
+    """Sum over frames of KL(softmax of cosine similarities to all frames): float || compiled.
+
+    Videos [N, C, F, H, W]. Source: Q-VDiT, arXiv 2505.22167, section 3.3, on pixels.
+    """
+    logs = []
+    for video in (expected, actual):
+        frames = video.double().transpose(1, 2).flatten(2)
+        frames = nn.functional.normalize(frames, dim=-1)
+        logs.append((frames @ frames.transpose(1, 2)).log_softmax(-1))
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum((1, 2)).mean())
+
+
+def record_calls(source: Source, folder: Path) -> None:
+    """Keep calls along the model's own trajectories, one video and its unconditional half each."""
+    assert source.generate is not None
+    sample = source.generate.__globals__["sample"]
+    labels = source.generate.__globals__["labels"]
+
+    def generate(model: nn.Module, seed: int) -> Tensor:
+        video: Tensor = sample(model, labels(seed)[:1], seed)
+        return video
+
+    record(source.model, generate, range(100, 100 + TRAJECTORIES), folder)
+
+
+# models -------------------------------------------------------------------------------------------
+
+
+def digits() -> Source:
+    """The default example as it is."""
+    return load_source(DIGITS)
+
+
+def planted() -> Source:
+    """The same function with outlier channels between linears, as large models have them.
+
+    A few channels of what each linear pair shares are made large by the producer and small again
+    by the consumer: value to output projection, through attention, which mixes tokens only.
+    """
+    source = load_source(DIGITS)
+    model: Any = copy.deepcopy(source.model)
+    generator = torch.Generator().manual_seed(0)
+    for block in model.blocks:
+        for attention in (block.attn1, block.attn2):
+            factor = outliers(attention.to_v.weight.shape[0], generator)
+            plant(attention.to_v, attention.to_out[0], factor)
+        norm = block.norm2  # affine: its weight and bias feed the query of cross attention
+        factor = outliers(norm.weight.numel(), generator)
+        norm.weight.data.mul_(factor)
+        norm.bias.data.mul_(factor)
+        block.attn2.to_q.weight.data.div_(factor)
+    return Source(**{**vars(source), "model": model})
+
+
+def outliers(width: int, generator: torch.Generator, share: float = 0.02) -> Tensor:
+    """float[width]: 32 on a random ``share`` of channels, 1 elsewhere: powers of two are exact."""
+    factor = torch.ones(width)
+    chosen = torch.randperm(width, generator=generator)[: max(1, round(share * width))]
+    factor[chosen] = 32.0
+    return factor
+
+
+def plant(producer: nn.Linear, consumer: nn.Linear, factor: Tensor) -> None:
+    """Scale the channels between two linears."""
+    producer.weight.data.mul_(factor[:, None])
+    if producer.bias is not None:
+        producer.bias.data.mul_(factor)
+    consumer.weight.data.div_(factor)
+
+
+SOURCES = {"digits": digits, "planted": planted}
+
+
+# results ------------------------------------------------------------------------------------------
+
+
+def read() -> list[dict[str, Any]]:
+    """Rows measured so far."""
+    if not RESULTS.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"]
+    return rows
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """All rows, one a line, replaced as a whole."""
+    header = {"torch": torch.__version__, "python": platform.python_version()}
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in sorted(rows, key=key_of))
+    text = f'{{\n "header": {json.dumps(header)},\n "rows": [\n{lines}\n ]\n}}\n'
+    RESULTS.parent.mkdir(exist_ok=True)
+    temporary = RESULTS.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(RESULTS)
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells rows apart."""
+    return tuple(row[key] for key in KEY)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Step-locked SQNR: recipes down, schemes across, mean and half the spread over seeds."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        if "sqnr_db" in row:
+            by_scheme = found.setdefault((row["model"], row["recipe"]), {})
+            by_scheme.setdefault(row["scheme"], []).append(row["sqnr_db"])
+    schemes = [s for s in SCHEMES.split(",") if any(s in cells for cells in found.values())]
+    lines = [f"{'step-locked SQNR, dB':24}" + "".join(f"{scheme:>14}" for scheme in schemes)]
+    for (model, recipe), cells in found.items():
+        line = f"{model + ' ' + recipe:24}"
+        for scheme in schemes:
+            values = cells.get(scheme, [])
+            half = (max(values) - min(values)) / 2 if values else 0.0
+            line += f"{statistics.mean(values):8.2f} ±{half:4.2f}" if values else f"{'':>14}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def mean(values: Iterator[float]) -> float:
+    """Rounded."""
+    return round(statistics.mean(values), 4)
+
+
+def elapsed(begin: float) -> float:
+    """Seconds since ``begin``."""
+    return round(time.perf_counter() - begin, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
