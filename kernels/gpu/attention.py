@@ -61,35 +61,29 @@ def sparse_attention(
     """
     if not scale > 0:
         raise InputError(f"expected a positive scale, got {scale}", code="operand")
-    (batch, heads, queries, width), keys = query.shape, key.shape[2]
-    _check(width, value.shape[3], block_q, block_k, keys)
-    device, int8 = query.device, q_scale is not None
+    width, device, int8 = query.shape[3], query.device, q_scale is not None
+    _check(width, value.shape[3], block_q, block_k)
     q = _strided("query", query, (torch.int8,) if int8 else _FLOATS)
-    k = _strided("key", key, (q.dtype,))
-    v = _strided("value", value, _FLOATS if int8 else (q.dtype,))
-    i32 = torch.int32
+    i32, f32 = torch.int32, torch.float32
     call = _Operands(
         q,
-        k,
-        v,
-        None if q_scale is None else operand("q_scale", q_scale, torch.float32),
-        None if k_scale is None else operand("k_scale", k_scale, torch.float32),
+        _strided("key", key, (q.dtype,)),
+        _strided("value", value, _FLOATS if int8 else (q.dtype,)),
+        _given("q_scale", q_scale, f32),
+        _given("k_scale", k_scale, f32),
         operand("starts", starts, i32, device=device),
         operand("counts", counts, i32, device=device),
         operand("ids", ids, i32, device=device),
-        None if residual is None else operand("residual", residual, (*_FLOATS, torch.int8)),
-        None
-        if residual_scale is None
-        else operand("residual_scale", residual_scale, torch.float32),
-        None if key_length is None else operand("key_length", key_length, i32, device=device),
+        _given("residual", residual, (*_FLOATS, f32, torch.int8)),
+        _given("residual_scale", residual_scale, f32),
+        _given("key_length", key_length, i32),
         scale * _LOG2_E,
         block_q,
         block_k,
         sort,
     )
     if query.numel() == 0:
-        out = torch.zeros(batch, heads, queries, value.shape[3], dtype=v.dtype, device=device)
-        return out
+        return call.output()
     arch = arch_of(device)
     config = config or configuration(arch, width, 8 if int8 else 16, device.index)
     with on_device(query):
@@ -106,12 +100,18 @@ def sparse_attention(
         )
 
 
-def _check(width: int, out_width: int, block_q: int, block_k: int, keys: int) -> None:
+def _check(width: int, out_width: int, block_q: int, block_k: int) -> None:
     if width not in _WIDTHS or out_width not in _WIDTHS:
         raise InputError(f"expected heads of {_WIDTHS} channels, got {width} and {out_width}")
     for name, size in (("block_q", block_q), ("block_k", block_k)):
         if size not in (16, 32, 64, 128):
             raise InputError(f"expected a {name} of 16, 32, 64 or 128, got {size}", code="operand")
+
+
+def _given(
+    name: str, x: Tensor | None, dtypes: torch.dtype | tuple[torch.dtype, ...]
+) -> Tensor | None:
+    return None if x is None else operand(name, x, dtypes)
 
 
 def _strided(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
@@ -240,13 +240,13 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
 
 
 def _fits_specialised(call: _Operands, config: Config) -> bool:
-    width, keys = call.q.shape[3], call.k.shape[2]
+    width = call.q.shape[3]
     return (
         call.block_q == 128
         and width in (64, 128)
         and width == call.v.shape[3]
         and min(config.block_n, call.block_k) >= 64
-        and keys > 0
+        and call.k.shape[2] > 0  # a descriptor of nothing is refused
     )
 
 

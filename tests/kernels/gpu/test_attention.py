@@ -178,6 +178,15 @@ def test_rows_without_keys_give_their_residual(config: Config, poison: None, dev
     assert torch.equal(found, residual)
 
 
+@pytest.mark.parametrize("config", [PLAIN, SPECIALISED], ids=["plain", "ws"])
+def test_nothing_to_attend_to(config: Config, poison: None, device: str) -> None:
+    q, k, v = operands(1, 2, 5, 0, 64, device)
+    mask = full_mask(5, 0, device=device)
+    assert sparse_attention(q, k, v, *arguments(mask), config=config).eq(0).all()
+    found = sparse_attention(q[:, :, :0], k, v, *arguments(full_mask(0, 0, device=device)))
+    assert found.shape == (1, 2, 0, 64)
+
+
 def test_scores_far_below_zero_are_kept(poison: None, device: str) -> None:
     q = torch.full((1, 1, 4, 16), -8.0, device=device).to(BF16)
     k = torch.full((1, 1, 20, 16), 8.0, device=device).to(BF16)
