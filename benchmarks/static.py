@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if options.update:
-        RECORD.write_text(json.dumps(_current(record), indent=1, sort_keys=True) + "\n")
+        RECORD.write_text(_text(_current(record)))
     return 1 if problems and (options.check or options.update) else 0
 
 
@@ -90,6 +90,18 @@ def _figures(only: str, arch: str | None) -> Iterator[tuple[Variant, str, Figure
 def _row(name: str, arch: str, found: Figures) -> str:
     values = asdict(found)
     return f"{name:44} {arch:6} " + " ".join(f"{values[column]!s:>8}" for column in COLUMNS)
+
+
+def _text(record: dict[str, Any]) -> str:
+    """JSON with one line for each variant and generation, so that a change is a line."""
+    versions = []
+    for version, rows in sorted(record.items()):
+        variants = []
+        for name, archs in sorted(rows.items()):
+            lines = [f"   {json.dumps(arch)}: {json.dumps(archs[arch])}" for arch in sorted(archs)]
+            variants.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n  }")
+        versions.append(f" {json.dumps(version)}: {{\n" + ",\n".join(variants) + "\n }")
+    return "{\n" + ",\n".join(versions) + "\n}\n"
 
 
 def _current(record: dict[str, Any]) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def run(
         return
     if config is None:
         op = "int8_gemm" if codes.dtype == torch.int8 else "fp8_gemm"
-        config = configuration(tma_gemm.kind(codes, end), codes, n, k)
+        config = configuration(tma_gemm.kind(codes, out, end), codes, n, k)
         if tma_gemm.fits(config, k, end, constants["RANK"]):
             wanted = config
 

@@ -59,8 +59,8 @@ class Config:
 
     @property
     def tile(self) -> str:
-        """``128x256x64``: rows, columns, depth."""
-        return f"{self.block_m}x{self.block_n}x{self.block_k}"
+        """``128x256x64w8s3``: rows, columns, depth, warps, stages."""
+        return f"{self.block_m}x{self.block_n}x{self.block_k}w{self.warps}s{self.stages}"
 
 
 def check_triton() -> None:

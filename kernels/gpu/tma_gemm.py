@@ -6,9 +6,10 @@ of multiplying ones: 8.5 instructions per wgmma instead of 13. Codes are int8 or
 
 What the compiler asks for (found by compiling; Triton 3.6 to 3.9): four warps, 128 rows, every load
 of the loop by descriptor, no other ``tl.dot`` and no split of the tile after the loop. So the
-low-rank branch of rank 16 or 32 goes to the plain kernel, and a tile with gate, residual or zero
-points is 128 x 128. Descriptors come from the host under Triton 3.6; newer versions only compile
-those made in the kernel. TMA itself needs rows of a multiple of 16 bytes.
+low-rank branch of rank 16 or 32 goes to the plain kernel, and a tile with gate, residual, zero
+points or a result of four bytes is 128 x 128. Descriptors come from the host under Triton 3.6;
+newer versions only compile those made in the kernel. TMA itself needs rows of a multiple of 16
+bytes.
 
 Compiled, never run here: ``run`` compares the first result of each specialisation with the plain
 kernel's (``runtime.guarded``).
@@ -88,9 +89,13 @@ def fits(config: Config, depth: int, end: Epilogue, rank: int) -> bool:
     return config.variant == "tma" or end.down is None or rank == 1
 
 
-def kind(codes: Tensor, end: Epilogue) -> str:
-    """The op in the configuration files: what follows the sums decides how wide a tile can be."""
+def kind(codes: Tensor, out: Tensor, end: Epilogue) -> str:
+    """The op in the configuration files: what follows the sums decides how wide a tile can be.
+
+    A 128 x 256 tile of four bytes an element does not fit in shared memory beside the operands.
+    """
     wide = end.gate is None and end.residual is None and end.weight_zero_point is None
+    wide = wide and out.element_size() == 2
     name = "int8_tma_gemm" if codes.dtype == torch.int8 else "fp8_tma_gemm"
     return name if wide else f"{name}_full"
 
@@ -107,7 +112,7 @@ def run(
     """Write ``out``; ``plain`` does the same with the plain kernel, into the tensor it is given."""
     present = "".join(str(int(member is not None)) for member in end)
     key = (
-        f"{kind(codes, end)} {config.variant} {config.tile} {out.dtype} {present} "
+        f"{kind(codes, out, end)} {config.variant} {config.tile} {out.dtype} {present} "
         f"{constants['ACTIVATION']} {constants['RANK']}"
     )
 

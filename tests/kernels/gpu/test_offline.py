@@ -56,7 +56,7 @@ def test_kernels_of_the_interpreter_do_not_compile() -> None:
         compile_variant(collect()[0], "sm90")
 
 
-@pytest.mark.parametrize(("only", "arch"), [("int8_gemm-128x256x128/gated", "sm90")])
+@pytest.mark.parametrize(("only", "arch"), [("int8_gemm-128x256x128w8s3/gated", "sm90")])
 def test_figures_have_not_become_worse(only: str, arch: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(
