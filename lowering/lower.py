@@ -9,6 +9,11 @@
     %c  = vdqc_kernels.quantize_rows(%0, 127, False)
     %y  = vdqc_kernels.int8_linear(%c[0], %c[1], None, @fc1.kernel.weight, ..., @fc1.bias, bf16)
 
+A branch beside a site joins its kernel (``lowering/branch.py``); binary planes of a weight are
+linears of one bit whose sum the site's own kernel takes in::
+
+    Δ·q + a·B  ->  packed_linear(%c, @q, ..., residual=packed_linear(%c, @B, ...))
+
 Codes are those of ``fake_quantize``, so the result equals the compressed graph's up to float
 rounding. A site that no kernel supports runs in plain aten, with a warning that names it and the
 reason.
@@ -18,6 +23,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +33,7 @@ from vdqc.base.diagnostics import Diagnostics, LoweringError
 from vdqc.base.scheme import GranularityKind
 from vdqc.base.target import Target
 from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.learned import cast
 from vdqc.ir.ops import FAKE_QUANTIZE, KRONECKER, ROTATE
 from vdqc.ir.site import SiteKind, set_note
 from vdqc.ir.verifier import verify
@@ -37,9 +44,10 @@ from vdqc.kernels.packed_linear import PACKED_LINEAR
 from vdqc.kernels.quantize_rows import QUANTIZE_ROWS, QUANTIZE_ROWS_ASYM, QUANTIZE_STATIC
 from vdqc.kernels.rotation import ROTATION
 from vdqc.kernels.weight_only_linear import WEIGHT_ONLY_LINEAR
+from vdqc.lowering.branch import branch_of, stored_bytes
 from vdqc.lowering.fuse import RowOrder, reorder_rope
 from vdqc.lowering.fuse_kernels import fuse_kernels
-from vdqc.lowering.pack import pack_grouped, pack_integer, parameter_prefix
+from vdqc.lowering.pack import pack_grouped, pack_integer, pack_planes, parameter_prefix
 from vdqc.lowering.rules import (
     LinearSite,
     Operand,
@@ -72,12 +80,16 @@ def lower(
     with graph.edited_by("lower"):
         _settle(graph)
         choices = choose(graph, target)
+        stored: dict[str, tuple[int, float]] = {}
         packed = {choice.site for choice in choices if choice.kernel != "aten"}
-        emit = _Emitter(graph, reorder_rope(graph, packed))
+        emit = _Emitter(graph, reorder_rope(graph, packed), target)
         for site, choice in progress(list(zip(graph.sites(), choices, strict=True)), "lower"):
             _report(choice, diagnostics)
             if site.kind is SiteKind.LINEAR and choice.kernel != "aten":
-                emit.linear(linear_site(graph, site), choice.kernel)
+                linear = linear_site(graph, site)
+                size = emit.linear(linear, choice.kernel)
+                count = max(1, linear.problem.n * linear.problem.k)
+                stored[site.name] = size, round(8 * size / count, 3)
             elif site.kind is SiteKind.ATTENTION and choice.kernel != "aten":
                 emit.attention(site.node)
         _rotations(graph)
@@ -87,7 +99,12 @@ def lower(
     graph.stage = Stage.LOWERED
     graph.clean()
     verify(graph)
-    return choices
+    return [
+        replace(choice, bytes=stored[choice.site][0], bits=stored[choice.site][1])
+        if choice.site in stored
+        else choice
+        for choice in choices
+    ]
 
 
 def _report(choice: KernelChoice, diagnostics: Diagnostics) -> None:
@@ -106,18 +123,26 @@ def _report(choice: KernelChoice, diagnostics: Diagnostics) -> None:
 class _Emitter:
     """Replaces site nodes by kernel calls; shared activations and shared weights are made once."""
 
-    def __init__(self, graph: Graph, orders: dict[str, RowOrder]) -> None:
+    def __init__(self, graph: Graph, orders: dict[str, RowOrder], target: Target) -> None:
         self._graph = graph
         self._orders = orders
+        self._target = target
         self._activations: dict[Any, tuple[fx.Node, fx.Node, fx.Node | None]] = {}
         self._weights: dict[Any, dict[str, fx.Node | None]] = {}
 
-    def linear(self, linear: LinearSite, kernel: str) -> None:
+    def linear(self, linear: LinearSite, kernel: str) -> int:
+        """Emit ``kernel`` and what goes with it; bytes of the parameters that it reads."""
         graph, node = self._graph, linear.site.node
         bias, dtype = self._bias(linear), node.meta["val"].dtype
         weight = self._weight(linear, kernel)
         w, ws, wz = weight["weight"], weight["scale"], weight["zero_point"]
         bits = linear.weight.spec.dtype.bits if linear.weight.spec is not None else 0
+        branch = branch_of(node)
+        planes, read = self._planes(linear, kernel)
+        size = stored_bytes([*weight.values(), *read], branch)
+        end: dict[str, Any] = {} if planes is None else {"residual": planes}
+        if branch is not None and branch.fits(self._target):
+            end |= {"down": branch.narrow, "up": branch.up}
         if kernel == WEIGHT_ONLY_LINEAR.name:
             args: tuple[Any, ...] = (linear.input.value, w, bits, ws, wz, bias)
             new = graph.call(WEIGHT_ONLY_LINEAR.op, *args, before=node)
@@ -125,14 +150,71 @@ class _Emitter:
             x = self._activation(linear.input, node)
             if kernel == INT8_LINEAR.name:
                 args = (*x, w, ws, wz, weight["sum"], bias, dtype)
-                new = graph.call(INT8_LINEAR.op, *args, before=node)
+                new = graph.call(INT8_LINEAR.op, *args, before=node, **end)
             elif kernel == PACKED_LINEAR.name:
                 args = (*x, w, bits, weight["multiplier"], ws, wz, weight["sum"], bias, dtype)
-                new = graph.call(PACKED_LINEAR.op, *args, before=node)
+                new = graph.call(PACKED_LINEAR.op, *args, before=node, **end)
             else:
                 new = graph.call(GROUP_LINEAR.op, *x, w, bits, ws, wz, bias, dtype, before=node)
+        if kernel in (INT8_LINEAR.name, PACKED_LINEAR.name):
+            if "down" in end:
+                assert branch is not None
+                graph.replace(branch.total, new)
+        elif planes is not None:
+            new = cast(graph, graph.call(_aten.add.Tensor, new, planes, before=node), dtype, node)
         graph.replace(node, new)
         set_note(new, kernel=kernel)
+        return size
+
+    def _planes(
+        self, linear: LinearSite, kernel: str
+    ) -> tuple[fx.Node | None, list[fx.Node | None]]:
+        """The sum of the products with binary planes, and the parameters that it reads."""
+        graph, before, spec = self._graph, linear.site.node, linear.weight.spec
+        if spec is None or not spec.planes:
+            return None, []
+        order = self._orders.get(linear.site.name)
+        grouped = spec.granularity.kind is GranularityKind.GROUP
+        weight_only = kernel == WEIGHT_ONLY_LINEAR.name
+        integer = not weight_only and not grouped
+        rows = None if order is None else order.rows
+        parts = pack_planes(graph, linear, integer=integer, rows=rows)
+        total: fx.Node | None = None
+        for part in parts:
+            w, scale, zero = part["weight"], part["scale"], part.get("zero_point")
+            if weight_only:
+                args: tuple[Any, ...] = (linear.input.value, w, 1, scale, zero, None)
+                value = graph.call(WEIGHT_ONLY_LINEAR.op, *args, before=before)
+            else:
+                x = self._activation(linear.input, before)
+                wide = x[1].meta["val"].dtype
+                if not grouped:
+                    end: dict[str, Any] = {} if total is None else {"residual": total}
+                    if part["offset"] is not None:
+                        end |= {"down": self._row_sum(x, before), "up": part["offset"]}
+                    args = (*x, w, 1, None, scale, None, part["sum"], None, wide)
+                    total = graph.call(PACKED_LINEAR.op, *args, before=before, **end)
+                    continue
+                value = graph.call(
+                    GROUP_LINEAR.op, *x, w, 1, scale, zero, None, wide, before=before
+                )
+            if total is not None:
+                value = graph.call(_aten.add.Tensor, total, value, before=before)
+            total = value
+        return total, [node for part in parts for node in part.values()]
+
+    def _row_sum(self, x: tuple[fx.Node, fx.Node, fx.Node | None], before: fx.Node) -> fx.Node:
+        """Sum of the quantised input over its channels, [..., 1] in the dtype of its scale."""
+        codes, scale, zero_point = x
+
+        def call(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            return self._graph.call(op, *args, before=before, **kwargs)
+
+        total = call(_aten.sum.dim_IntList, codes, [-1], True, dtype=torch.int32)
+        if zero_point is not None:
+            width = codes.meta["val"].shape[-1]
+            total = call(_aten.sub.Tensor, total, call(_aten.mul.Tensor, zero_point, width))
+        return call(_aten.mul.Tensor, total, scale)
 
     def attention(self, node: fx.Node) -> None:
         graph = self._graph

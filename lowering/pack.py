@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from vdqc.base.numerics import quantize
+from vdqc.base.numerics import plane_parts, quantize
 from vdqc.base.packing import pack
 from vdqc.base.scheme import GranularityKind, QuantSpec
 from vdqc.ir.graph import Graph
@@ -77,6 +77,45 @@ def pack_grouped(
         "scale": bind("scale", scale.reshape(-1, max(1, scale.numel() // n)).expand(n, -1)),
         "zero_point": bind("zero_point", None if zero is None else _columns(zero, n)),
     }
+
+
+def pack_planes(
+    graph: Graph, linear: LinearSite, *, integer: bool, rows: Tensor | None = None
+) -> list[dict[str, fx.Node | None]]:
+    """Parameters of one linear of one-bit weights for each binary plane.
+
+    The code of -1 is -1 and that of +1 is 0: a plane is 2 a (code + 1/2). Kernels with float zero
+    points are given -1/2; for ``integer`` ones ``offset`` float[N, 1] of the first plane is what
+    all planes add to a sum of inputs, the amplitudes together.
+    """
+    spec = linear.weight.spec
+    assert spec is not None
+    assert linear.weight.scale is not None
+    weight = graph.evaluate(linear.weight.value)
+    zero = None if linear.weight.zero_point is None else graph.evaluate(linear.weight.zero_point)
+    scale = graph.evaluate(linear.weight.scale)
+    _, amplitudes, signs = plane_parts(weight, scale, zero, spec)
+    n = len(weight)
+    factors = [amplitude.reshape(n, -1) for amplitude in amplitudes]
+    codes = [((sign.reshape(n, -1) - 1) / 2).to(torch.int8) for sign in signs]
+    if rows is not None:
+        factors, codes = [f[rows] for f in factors], [c[rows] for c in codes]
+    made = []
+    asymmetric_input = linear.input.spec is not None and not linear.input.spec.symmetric
+    for index, (factor, code) in enumerate(zip(factors, codes, strict=True)):
+        bind = _Binder(graph, f"{parameter_prefix(linear.site.name)}.plane{index}")
+        parameters = {"weight": bind("weight", pack(code, 1))}
+        if integer:
+            total = code.sum(-1, dtype=torch.int32) if asymmetric_input else None
+            offset = torch.stack(factors).sum(0) if index == 0 else None
+            parameters["scale"] = bind("scale", 2 * factor.squeeze(-1))
+            parameters["sum"] = bind("sum", total)
+            parameters["offset"] = bind("offset", offset)
+        else:
+            parameters["scale"] = bind("scale", 2 * factor)
+            parameters["zero_point"] = bind("zero_point", torch.full_like(factor, -0.5))
+        made.append(parameters)
+    return made
 
 
 def _columns(value: Tensor, n: int) -> Tensor:

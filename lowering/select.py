@@ -8,12 +8,14 @@ from typing import final
 
 from torch import fx
 
+from vdqc.base.scheme import QuantSpec
 from vdqc.base.target import Target
 from vdqc.ir.graph import Graph
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import Site, SiteKind
 from vdqc.kernels.attention import torch_attention_cost
 from vdqc.kernels.base import FLOAT_FORMAT, Cost, Kernel, LinearProblem, Problem
+from vdqc.kernels.packed_linear import PACKED_LINEAR
 from vdqc.lowering.rules import (
     ATTENTION_KERNELS,
     LINEAR_KERNELS,
@@ -35,6 +37,8 @@ class KernelChoice:
         predicted_us: roofline time for the captured example's sizes.
         runner_up: the next best as ``name at N us``, or "".
         fallback: a quantised site that no kernel supports; it runs in float.
+        bytes, bits: what lowering stored for its weight and branch, in all and for each weight;
+            None before it did.
     """
 
     site: str
@@ -43,6 +47,8 @@ class KernelChoice:
     predicted_us: float
     runner_up: str = ""
     fallback: bool = False
+    bytes: int | None = None
+    bits: float | None = None
 
 
 def choose(graph: Graph, target: Target, *, planned: bool = False) -> list[KernelChoice]:
@@ -76,6 +82,9 @@ def _linear(name: str, problem: LinearProblem, target: Target) -> KernelChoice:
     if not best:
         return KernelChoice(name, "aten", _reasons(refused), plain, fallback=True)
     time, kernel = best[0]
+    if problem.weight is not None and problem.weight.planes:
+        plane = replace(problem, weight=QuantSpec.parse("int1/channel/asym"))
+        time += problem.weight.planes * PACKED_LINEAR.cost(plane).us(target)
     others = [*((t, k.name) for t, k in best[1:]), (plain, "aten.linear in float")]
     next_time, next_name = min(others)
     size = f"{problem.m} x {problem.k} x {problem.n}"

@@ -386,13 +386,9 @@ def rewrite(graph: Graph, site: Site, plan: Plan) -> None:
                 graph.call(aten.index_select.default, site.bias, 0, index, before=before)
             )
         linear = graph.call(aten.linear.default, *operands, before=before)
-        entries = {
-            **notes,
-            "site": f"{site.name}.{label}",
-            "scheme": text,
-            "origin": graph.provenance,
-        }
-        set_note(linear, **entries, partial=True, rows=True)
+        entries = {**notes, "site": f"{site.name}.{label}", "scheme": text}
+        entries |= {"partial": True, "rows": True, "origin": graph.provenance}
+        set_note(linear, **entries)
         made.append(linear)
     axis = made[0].meta["val"].ndim - 1
     value = graph.call(aten.cat.default, made, axis, before=before)

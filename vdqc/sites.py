@@ -71,20 +71,22 @@ def site_rows(graph: Graph, records: Sequence[PassRecord] = ()) -> list[SiteRow]
 
 
 def with_kernels(rows: Sequence[SiteRow], choices: Sequence[KernelChoice]) -> list[SiteRow]:
-    """``rows`` with what runs each site."""
+    """``rows`` with what runs each site, and what it stores once it is lowered."""
     chosen = {choice.site: choice for choice in choices}
-    return [
-        replace(
-            row,
-            kernel=chosen[row.name].kernel,
-            why=chosen[row.name].why,
-            runner_up=chosen[row.name].runner_up,
-            predicted_us=chosen[row.name].predicted_us,
-        )
-        if row.name in chosen
-        else row
-        for row in rows
-    ]
+    return [_chosen(row, chosen[row.name]) if row.name in chosen else row for row in rows]
+
+
+def _chosen(row: SiteRow, choice: KernelChoice) -> SiteRow:
+    is_stored = choice.bytes is not None
+    return replace(
+        row,
+        kernel=choice.kernel,
+        why=choice.why,
+        runner_up=choice.runner_up,
+        predicted_us=choice.predicted_us,
+        bytes=choice.bytes if is_stored else row.bytes,
+        bits=choice.bits if is_stored else row.bits,
+    )
 
 
 def _row(site: Site, facts: Mapping[str, Any]) -> SiteRow:
