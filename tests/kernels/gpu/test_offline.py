@@ -1,5 +1,7 @@
 """Compiling for GPUs that are not there; the table itself is checked by benchmarks/static.py."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -68,3 +70,23 @@ def test_figures_have_not_become_worse(only: str, arch: str) -> None:
     )
     assert found.returncode == 0, found.stderr
     assert only in found.stdout
+
+
+def test_regressions_are_against_what_was_recorded() -> None:
+    spec = importlib.util.spec_from_file_location("static", ROOT / "benchmarks" / "static.py")
+    assert spec is not None
+    assert spec.loader is not None
+    static = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(static)
+    now = Figures(200, 0, 1000, "IMMA.16832.S8.S8", 8, 13.0, 1)
+    known = {"regs": 200, "shared": 1000, "opcode": "IMMA.16832.S8.S8"}
+    assert static.regressions(None, now) == []
+    assert static.regressions(known, now) == []
+    worse = static.regressions({"regs": 168, "shared": 999, "opcode": "IGMMA"}, now)
+    assert [problem.split(",")[0] for problem in worse] == [
+        "expected at most 168 registers",
+        "expected at most 999 bytes of shared memory",
+        "expected opcode IGMMA",
+    ]
+    record = {"3.9.0": {"x": {"sm90": {"regs": 1}, "sm80": {"regs": 2}}}}
+    assert json.loads(static._text(record)) == record
