@@ -69,7 +69,7 @@ class Gptq(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Round; facts: per site the output error to that of rounding to nearest, and its SQNR."""
-        groups = quantised(graph, self.select)
+        groups = quantised(graph, self.select, ctx)
         if groups and not ctx.samples:
             raise InputError(
                 "gptq rounds for the inputs that samples show, and there are none",
@@ -120,11 +120,19 @@ class Gptq(Pass):
         return value.to(weight.dtype), float(ratio), numerics.sqnr_db(value, weight)
 
 
-def quantised(graph: Graph, select: str) -> list[list[Site]]:
+def quantised(graph: Graph, select: str, ctx: Context) -> list[list[Site]]:
     """Groups of peers whose weights sit behind a quantiser of one grid."""
     groups = []
     for group in graph.groups(select):
         kept = [site for site in group if site.weight.target is FAKE_QUANTIZE]
+        for site in list(kept):
+            if QuantSpec.parse(_operands(site.weight)[3]).planes:
+                kept.remove(site)
+                ctx.diagnostics.remark(
+                    site.name,
+                    "not-rounded",
+                    "the levels of its binary planes move with the weight: rounded to nearest",
+                )
         if kept:
             groups.append(kept)
     return groups

@@ -15,7 +15,7 @@ from vdqc.ir.site import set_note
 from vdqc.passes.gptq import Gptq
 from vdqc.passes.quant import Clip, Quant, WeightRange
 from vdqc.passes.table import PASSES
-from vdqc.testing.harness import AdaLNBlock, annotated, assert_ir, context, run
+from vdqc.testing.harness import AdaLNBlock, annotated, assert_ir, context, remarks, run
 
 
 class One(nn.Module):
@@ -73,6 +73,17 @@ def test_sites_in_float_are_left_alone() -> None:
     before = str(graph)
     (record,) = run(graph, Gptq(), ctx=Context())
     assert (str(graph), record.rewrites) == (before, 0)
+
+
+def test_binary_planes_are_left_alone_with_a_remark() -> None:
+    model, x = Two(), correlated(40, 16)
+    graph = annotated(model, x, scheme="w2+1a8")
+    ctx = context(x, model=model)
+    run(graph, Quant(), ctx=ctx)
+    before = str(graph)
+    run(graph, Gptq(), ctx=ctx)
+    assert str(graph) == before
+    assert remarks(ctx) == [("up", "not-rounded"), ("down", "not-rounded")]
 
 
 @torch.no_grad()
