@@ -1,0 +1,234 @@
+"""The GPU benchmark without a GPU: what it checks, what it writes, what it survives."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import blocks, cases, measure, results, runner, targets, timing
+from benchmarks.gpu.env import Env
+from benchmarks.gpu.peers import Peer
+from benchmarks.gpu.runner import Job, LostError, Plan, Worker, schedule
+from benchmarks.gpu.trial import Case, Trial, Work
+from vdqc.base.target import TARGETS
+
+ROOT = Path(__file__).resolve().parents[2]
+DRY = Env("cpu", True, TARGETS["sm90"])
+HEADER = {"gpu": "NVIDIA H200", "driver": "1", "torch": "2", "triton": "3", "commit": "c"}
+
+
+def test_a_dry_run_checks_ops_and_writes_files_without_speeds(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/run.py", "--device", "cuda", "--dry", "--seed", "0"]
+    command += ["--only", "w8a8,mask", "--rank", "0", "--most", "1"]
+    command += ["--out", str(tmp_path), "--bundle", str(tmp_path / "all.json")]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    for op in ("w8a8", "mask"):
+        content = json.loads((tmp_path / f"{op}.json").read_text())
+        assert content["check"] == "passed"
+        assert content["rows"], op
+        for row in content["rows"]:
+            assert set(results.KEYS) <= set(row)
+            assert row["p50_ms"] is None
+            assert row["ratio"] is None
+    assert set(json.loads((tmp_path / "all.json").read_text())) == {"w8a8", "mask"}
+
+
+@pytest.mark.parametrize("model", [cases.WAN_33K, cases.HUNYUAN_33K])
+def test_quantised_blocks_are_the_float_blocks_up_to_their_noise(model: cases.Model) -> None:
+    trial = blocks.trial(DRY, model, 1.0)
+    trial.verify()
+    names = {"w8a8 dense", "w8a8 15 %", "w8a8 15 %, 20 % dense steps"}
+    assert names <= {*trial.ours, *trial.derived}
+    assert trial.resident["w8a8 dense"] < trial.resident["peer bf16 compiled"]
+    sparse, dense = trial.ours["w8a8 15 %"](), trial.ours["w8a8 dense"]()
+    assert not torch.equal(sparse, dense)
+
+
+# wrong results ------------------------------------------------------------------------------------
+
+
+class FakeSession(runner.Session):
+    """Answers from a list instead of a worker; None loses the worker."""
+
+    def __init__(self, plan: Plan, answers: list[Any]) -> None:
+        super().__init__(plan)
+        self.answers, self.started_workers = answers, 0
+        self.asked: list[dict[str, Any]] = []
+        self.device = HEADER
+        self.worker = self  # type: ignore[assignment]
+
+    def ask(self, request: dict[str, Any], limit: float) -> dict[str, Any]:
+        self.asked.append(request)
+        answer = self.answers.pop(0)
+        if answer is None:
+            raise LostError("the process ended with code -11, at step 'peer x'", hung=False)
+        return dict(answer)
+
+    def again(self) -> bool:
+        self.started_workers += 1
+        return True
+
+
+ROW = {
+    **dict.fromkeys(results.KEYS), "op": "w8a8", "case": "a/up", "variant": "auto", "p50_ms": 1.0,
+    "p20_ms": 1.0, "p80_ms": 1.0, "rate": 1.0, "unit": "TOPS", "peer": "cublas bf16",
+    "peer_p50_ms": 1.7, "ratio": 1.7,
+}  # fmt: skip
+GOOD = {"rows": [ROW], "absent": {}, "seconds": 1.0}
+JOB = Job("w8a8", "a/up", 60.0)
+
+
+def session(tmp_path: Path, *answers: Any) -> FakeSession:
+    return FakeSession(Plan(out=tmp_path), list(answers))
+
+
+def test_an_op_whose_check_fails_has_no_speeds_and_is_not_asked_again(tmp_path: Path) -> None:
+    fake = session(tmp_path, {"wrong": "relative error 0.5"})
+    runner._do(fake, JOB)
+    runner._do(fake, JOB)
+    assert len(fake.asked) == 1
+    assert fake.found["w8a8"].rows == []
+    assert runner._finish(fake) == 1
+
+
+def test_a_case_that_is_wrong_takes_the_speeds_of_its_op_back(tmp_path: Path) -> None:
+    fake = session(tmp_path, {"check": "passed"}, GOOD, {"wrong": "sampled rows"})
+    runner._do(fake, JOB)
+    runner._do(fake, Job("w8a8", "b/up", 60.0))
+    assert fake.found["w8a8"].rows == []
+    assert fake.found["w8a8"].red
+
+
+def test_a_crash_is_tried_again_without_the_bold_peers(tmp_path: Path) -> None:
+    fake = session(tmp_path, {"check": "passed"}, None, GOOD)
+    runner._do(fake, JOB)
+    assert [request.get("bold") for request in fake.asked] == [None, True, False]
+    assert fake.started_workers == 1
+    assert fake.found["w8a8"].rows == [ROW]
+    assert "peer x" in next(iter(fake.found["w8a8"].absent.values()))
+
+
+def test_a_second_crash_fails_the_case_and_the_rest_goes_on(tmp_path: Path) -> None:
+    fake = session(tmp_path, {"check": "passed"}, None, None, GOOD)
+    runner._do(fake, JOB)
+    runner._do(fake, Job("w8a8", "b/up", 60.0))
+    assert list(fake.found["w8a8"].failed) == ["a/up"]
+    assert fake.found["w8a8"].rows == [ROW]
+    assert runner._finish(fake) == 1
+
+
+def test_what_does_not_fit_the_budget_is_said(tmp_path: Path) -> None:
+    fake = FakeSession(Plan(budget=10.0, out=tmp_path), [])
+    runner._do(fake, JOB)
+    assert fake.found["w8a8"].not_run == ["a/up"]
+    assert runner._finish(fake) == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "hung"),
+    [("import time; time.sleep(60)", True), ("import os; os.abort()", False), ("", False)],
+)
+def test_a_worker_that_hangs_or_dies_is_noticed(code: str, hung: bool) -> None:
+    worker = Worker([sys.executable, "-c", code], {})
+    try:
+        with pytest.raises(LostError) as caught:
+            worker.ask({"do": "hello"}, 1.5 if hung else 30.0)
+        assert caught.value.hung is hung
+    finally:
+        worker.stop()
+
+
+def test_a_worker_may_print_other_things_and_name_its_steps() -> None:
+    code = (
+        "import sys\n"
+        "for line in sys.stdin:\n"
+        "    print('noise')\n"
+        '    print(\'@@{"step": "build"}\')\n'
+        "    print('@@{\"rows\": []}', flush=True)"
+    )
+    worker = Worker([sys.executable, "-c", code], {})
+    try:
+        assert worker.ask({}, 30.0) == {"rows": []}
+        assert worker._step == "build"
+    finally:
+        worker.stop()
+
+
+# order, rows, files -------------------------------------------------------------------------------
+
+
+def listed(op: str, *ranks: int) -> dict[str, Any]:
+    cases = [{"case": f"{op}{i}", "rank": rank, "key": ""} for i, rank in enumerate(ranks)]
+    return {"op": op, "seconds": 60.0, "cases": cases}
+
+
+def test_the_most_telling_cases_of_all_ops_come_first() -> None:
+    both = [listed("a", 1, 0, 2), listed("b", 0, 1)]
+    assert [job.case for job in schedule(both, Plan())] == ["a1", "b0", "a0", "b1", "a2"]
+    assert [job.case for job in schedule(both, Plan(only=("b",), rank=0))] == ["b0"]
+    assert [job.case for job in schedule(both, Plan(dry=True))] == ["b0", "a0"]
+
+
+def test_a_peer_that_fails_leaves_its_reason_and_the_rest_its_rows() -> None:
+    def broken() -> Any:
+        raise ImportError("no such wheel")
+
+    trial = Trial(
+        {"auto": lambda: None, "plain": lambda: None},
+        {
+            "good": Peer(lambda: lambda: None),
+            "bad": Peer(broken),
+            "slow": Peer(broken, costly=True),
+        },
+        Work(1.0, "int8"),
+        lambda: None,
+        notes={"auto": "plain 128x128x64"},
+    )
+    case = Case("c", lambda env: trial, rank=1)
+    rows, absent = measure.run_case(DRY, "op", case, True, lambda name: None)
+    assert [(row["variant"], row["peer"]) for row in rows] == [("auto", "good")]
+    assert absent == {"bad": "ImportError: no such wheel"}
+
+
+def test_percentiles() -> None:
+    found = timing.summarise([float(i) for i in range(11)])
+    assert (found.p20, found.p50, found.p80) == (2.0, 5.0, 8.0)
+
+
+def test_a_line_is_judged_by_its_worst_case() -> None:
+    rows = [{**ROW, "case": "a/up", "ratio": 1.7}, {**ROW, "case": "b/up", "ratio": 1.5}]
+    few = {**ROW, "case": "rows-1", "ratio": 0.1}
+    line = targets.judge("w8a8", [*rows, few])[0]
+    assert (line["verdict"], line["worst"], line["met_in"], line["cases"]) == ("missed", 1.5, 1, 2)
+    assert targets.judge("w8a8", rows[:1])[0]["verdict"] == "met"
+    assert targets.judge("w8a8", [])[0]["verdict"] == "unmeasured"
+
+
+def test_every_line_speaks_of_an_op_that_exists() -> None:
+    from benchmarks.gpu.ops import table
+
+    assert {line.op for line in targets.LINES} <= set(table())
+
+
+def test_rows_of_another_commit_are_not_kept(tmp_path: Path) -> None:
+    first = results.OpResults("w8a8", "passed", [{**ROW, "case": "old"}])
+    second = results.OpResults("w8a8", "passed", [{**ROW, "case": "new"}], not_run=["old"])
+    results.write(first, HEADER, tmp_path)
+    file = results.write(second, HEADER, tmp_path)
+    content = json.loads(file.read_text())
+    assert [row["case"] for row in content["rows"]] == ["old", "new"]
+    assert content["not_run"] == []
+    results.write(second, {**HEADER, "commit": "other"}, tmp_path)
+    assert [row["case"] for row in json.loads(file.read_text())["rows"]] == ["new"]
+
+
+def test_a_bundle_unpacks_into_a_folder_by_gpu(tmp_path: Path) -> None:
+    found = {"w8a8": results.OpResults("w8a8", "passed", [ROW])}
+    results.bundle(found, HEADER, tmp_path / "b.json")
+    assert results.unpack(tmp_path / "b.json", tmp_path) == [tmp_path / "h200" / "w8a8.json"]
+    assert json.loads((tmp_path / "h200" / "w8a8.json").read_text())["rows"] == [ROW]
