@@ -102,12 +102,11 @@ def test_pieces_are_the_blocks_and_what_is_trained_before_them(
     trained = [piece.name for piece in pieces if piece.free]
     assert trained == ["before blocks.0", "blocks.0", "blocks.1"]
     owned = [name for piece in pieces for name in piece.free]
-    assert sorted(owned) == sorted(graph.free)
     assert len(owned) == len(set(owned))
-    # every block reads one modulation: its quantiser is in the first, its parameters too
-    shared = next(piece for piece in pieces if piece.name == "blocks.0").free
-    assert "blocks.0.modulation.smooth" in shared
-    assert "blocks.1.modulation.smooth" not in owned
+    # both blocks read one modulation input: what scales and clips it is for neither alone
+    shared = {"blocks.0.modulation.smooth", "blocks.0.modulation.input_clip"}
+    assert set(owned) == graph.free - shared
+    assert "blocks.1.modulation.weight_clip" in owned
 
 
 def test_pieces_one_after_the_other_are_the_program(stack: tuple[Graph, list[Sample]]) -> None:

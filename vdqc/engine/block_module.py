@@ -8,15 +8,17 @@ order::
 
     before blocks.0   blocks.0   blocks.1   before refiner.0   refiner.0   ...   after refiner.1
 
-A free parameter belongs to the first piece that reads it.
+A free parameter belongs to the piece that reads it. One that several pieces read (five blocks that
+smooth one text embedding) belongs to none: trained for the first, it would be wrong for the others.
 
 Error: none; a piece computes what the program computes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -134,9 +136,7 @@ def plan_blocks(student: Graph, teacher: Graph) -> list[Piece]:
     if not plan.pieces:
         return []
     plan.rest(f"after {plan.pieces[-1].name}", _tensor_outputs(student))
-    while plan.pieces and not plan.pieces[-1].free:
-        plan.pieces.pop()
-    return plan.pieces
+    return plan.finished()
 
 
 def plan_model(student: Graph, teacher: Graph) -> list[Piece]:
@@ -158,7 +158,7 @@ class _Plan:
         self.student, self.teacher = student, teacher
         self.shared = student.nodes.keys() & teacher.nodes.keys()
         self.available = {node.name for node in teacher.graph.inputs}
-        self.owned: set[str] = set()
+        self.readers: Counter[str] = Counter()
         self.pieces: list[Piece] = []
 
     def block(self, name: str, nodes: set[fx.Node], outputs: Sequence[fx.Node]) -> None:
@@ -176,7 +176,7 @@ class _Plan:
         needed = self._new(dict.fromkeys([*reads, *own_reads]))
         if needed:
             self._glue(f"before {name}", needed)
-        self._add(Piece(name, reads, own_reads, makes, self._own(inside)))
+        self._add(Piece(name, reads, own_reads, makes, self._free(inside)))
 
     def rest(self, name: str, outputs: Sequence[fx.Node]) -> None:
         """What is left between the last block and the program's outputs."""
@@ -190,7 +190,7 @@ class _Plan:
 
         _, reads = self.teacher.closure(makes, known(self.teacher))
         inside, own_reads = self.student.closure(makes, known(self.student))
-        self._add(Piece(name, reads, own_reads, makes, self._own(inside), is_block=False))
+        self._add(Piece(name, reads, own_reads, makes, self._free(inside), is_block=False))
 
     def _add(self, piece: Piece) -> None:
         self.pieces.append(piece)
@@ -199,10 +199,20 @@ class _Plan:
     def _new(self, keys: Iterable[str | None]) -> tuple[str, ...]:
         return tuple(k for k in keys if k in self.shared and k not in self.available)
 
-    def _own(self, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
-        names = tuple(name for name in self.student.free(nodes) if name not in self.owned)
-        self.owned |= set(names)
+    def _free(self, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(self.student.free(nodes)))
+        self.readers.update(names)
         return names
+
+    def finished(self) -> list[Piece]:
+        """The pieces, with what is theirs alone to train, up to the last that has any."""
+        found = [
+            replace(piece, free=tuple(n for n in piece.free if self.readers[n] == 1))
+            for piece in self.pieces
+        ]
+        while found and not found[-1].free:
+            found.pop()
+        return found
 
 
 @final

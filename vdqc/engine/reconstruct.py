@@ -116,8 +116,10 @@ def plan(graph: Graph, teacher: Graph, whole_model: bool, ctx: Context) -> list[
         ctx.diagnostics.remark(
             "",
             "untrained",
-            f"{len(left)} free parameters reach no block output and keep their start",
+            f"{len(left)} free parameters are read by several blocks or by none: they keep their "
+            "start",
             *sorted(left)[:3],
+            "distill{mode=model} trains them",
         )
     return pieces
 
