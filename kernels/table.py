@@ -24,4 +24,8 @@ KERNELS: Mapping[str, str] = {
     "block_mask_topk": "vdqc.kernels.block_mask:BLOCK_MASK_TOPK",
     "sparse_attention": "vdqc.kernels.sparse_attention:SPARSE_ATTENTION",
     "sparse_attention_int8": "vdqc.kernels.sparse_attention:SPARSE_ATTENTION_INT8",
+    "video_mask": "vdqc.kernels.video_mask:VIDEO_MASK",
+    "dense_mask": "vdqc.kernels.video_mask:DENSE_MASK",
+    "token_order": "vdqc.kernels.token_order:TOKEN_ORDER",
+    "compare": "vdqc.kernels.compare:COMPARE",
 }

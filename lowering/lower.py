@@ -55,6 +55,7 @@ from vdqc.lowering.rules import (
     linear_site,
 )
 from vdqc.lowering.select import KernelChoice, attention_scale, choose
+from vdqc.lowering.sparse import emit_sparse, is_sparse
 from vdqc.lowering.spell import dynamic_range, spell_fake_quantize, spell_kronecker
 
 _aten = torch.ops.aten
@@ -90,6 +91,8 @@ def lower(
                 size = emit.linear(linear, choice.kernel)
                 count = max(1, linear.problem.n * linear.problem.k)
                 stored[site.name] = size, round(8 * size / count, 3)
+            elif is_sparse(site.node):
+                emit_sparse(graph, site.node, choice.kernel, target)
             elif site.kind is SiteKind.ATTENTION and choice.kernel != "aten":
                 emit.attention(site.node)
         _rotations(graph)

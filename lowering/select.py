@@ -16,6 +16,7 @@ from vdqc.ir.site import Site, SiteKind
 from vdqc.kernels.attention import torch_attention_cost
 from vdqc.kernels.base import FLOAT_FORMAT, Cost, Kernel, LinearProblem, Problem
 from vdqc.kernels.packed_linear import PACKED_LINEAR
+from vdqc.kernels.sparse_attention import SPARSE_ATTENTION
 from vdqc.lowering.rules import (
     ATTENTION_KERNELS,
     LINEAR_KERNELS,
@@ -23,6 +24,7 @@ from vdqc.lowering.rules import (
     attention_problem,
     linear_site,
 )
+from vdqc.lowering.sparse import dense_problem, is_sparse, sparse_problem
 
 
 @final
@@ -66,6 +68,8 @@ def choose_site(graph: Graph, site: Site, target: Target, *, planned: bool = Fal
         if planned and site.scheme is not None:
             problem = replace(problem, weight=site.scheme.weight, input=site.scheme.input)
         return _linear(site.name, problem, target)
+    if is_sparse(site.node):
+        return _sparse(graph, site, target)
     if site.kind is SiteKind.ATTENTION:
         return _attention(site, target)
     quantised = any(operand.target is FAKE_QUANTIZE for operand in site.node.all_input_nodes)
@@ -112,6 +116,20 @@ def _attention(site: Site, target: Target) -> KernelChoice:
     if plain < time:
         return KernelChoice(site.name, "aten", shape, plain, f"{kernel.name} at {time:.0f} us")
     return KernelChoice(site.name, kernel.name, shape, time, f"aten at {plain:.0f} us")
+
+
+def _sparse(graph: Graph, site: Site, target: Target) -> KernelChoice:
+    problem = sparse_problem(graph, site.node)
+    dense = torch_attention_cost(dense_problem(problem)).us(target)
+    shape = f"{problem.heads} heads, {problem.queries} x {problem.keys} scores of {problem.width}"
+    why = f"{site.node.args[6]}: {problem.density:.3f} of {shape}"
+    if len(site.node.args) > 8:
+        why += f"; {site.node.args[8]}"
+    reason = SPARSE_ATTENTION.supports(problem, target)
+    if reason is not None:
+        return KernelChoice(site.name, "aten", f"{why}; {reason}", dense, fallback=True)
+    time = SPARSE_ATTENTION.cost(problem).us(target)
+    return KernelChoice(site.name, SPARSE_ATTENTION.name, why, time, f"dense at {dense:.0f} us")
 
 
 def _rank(

@@ -14,5 +14,6 @@ PASSES: PassTable = {
     "gptq": "vdqc.passes.gptq:Gptq",
     "calibrate": "vdqc.passes.calibrate:Calibrate",
     "distill": "vdqc.passes.distill:Distill",
+    "sparsify": "vdqc.passes.sparsify:Sparsify",
     "fold": "vdqc.passes.fold:Fold",
 }

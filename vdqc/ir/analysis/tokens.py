@@ -47,6 +47,7 @@ class TokenFrames:
         text: tokens beside the video's ("" for none).
         text_first: True if they come before the video's.
         frame_major: True if a frame's tokens are neighbours.
+        frame_width: tokens in a row of a frame ("" where unknown).
     """
 
     site: str
@@ -57,6 +58,7 @@ class TokenFrames:
     text: str = ""
     text_first: bool = False
     frame_major: bool = False
+    frame_width: str = ""
 
 
 def token_frames(graph: Graph) -> list[TokenFrames]:
@@ -92,6 +94,7 @@ def _renamed(entry: TokenFrames, names: dict[str, str]) -> TokenFrames:
         frames=rename(entry.frames),
         tokens_per_frame=rename(entry.tokens_per_frame),
         text=rename(entry.text),
+        frame_width=rename(entry.frame_width),
     )
 
 
@@ -113,7 +116,7 @@ def _frames_of(
     frames = sympy.Mul(*(f for f in factors if f.free_symbols & frame_symbols))
     space = sympy.Mul(*(f for f in factors if not f.free_symbols & frame_symbols))
     text = sympy.Add(*(t for t in terms if t is not video[0]))
-    time_only = not space.free_symbols and not text.free_symbols
+    time_only = space == 1 and not text.free_symbols
     return TokenFrames(
         name,
         Extent.TIME if time_only else Extent.VIDEO,
@@ -123,6 +126,7 @@ def _frames_of(
         str(text) if text != 0 else "",
         text != 0 and _text_first(query, video[0]),
         _is_frame_major(video[0], frames, merges),
+        _frame_width(video[0], merges),
     )
 
 
@@ -134,7 +138,7 @@ def _frame_symbols(graph: Graph) -> set[Any]:
         if not isinstance(value, Tensor) or value.ndim != 5:
             continue
         varying = [a for a, size in enumerate(value.shape) if not isinstance(size, int) and a > 0]
-        if len(varying) == 3:
+        if len(varying) == 3 or varying in ([1], [2]):  # frames alone: a fixed resolution
             symbols |= shape(node)[varying[0]].free_symbols
     return symbols
 
@@ -160,6 +164,13 @@ def _is_frame_major(video: Any, frames: Any, merges: dict[Any, list[list[Any]]])
     return bool(sources) and all(
         next((s for s in sizes if s != 1), None) == frames for sizes in sources
     )
+
+
+def _frame_width(video: Any, merges: dict[Any, list[list[Any]]]) -> str:
+    """The last of the sizes that the axis was merged from, where all merges agree on it."""
+    sources = merges.get(sympy.expand(video), [])
+    last = {str(sizes[-1]) for sizes in sources if len(sizes) > 2}
+    return last.pop() if len(last) == 1 else ""
 
 
 def _text_first(node: fx.Node, video: Any) -> bool:

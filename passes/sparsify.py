@@ -1,0 +1,442 @@
+"""Lets every query block of a video's self-attention see only the key blocks that matter to it.
+
+::
+
+    aten.scaled_dot_product_attention(%q, %k, %v)  ->
+    vdqc.sparse_attention(%q, %k, %v, @heads, %dense, [F, S, text, first, W], 'svg{density=0.25}')
+
+Frames, tokens of a frame and text come from the graph's own sizes, so that another resolution or
+length gets its mask from the policy. ``svg`` gives each head a band in the order of frames or in
+the order of pixels: ``heads=calibrated`` decides on the samples, ``online`` in every call. The
+order that makes blocks of a head's pattern is part of the op, and undone in it.
+``budget=calibrated`` spends one density of the whole model where it saves most error: heads get
+levels from half to four times of it. Cross-attention, masked attention, and what has no frames
+stay dense, and say so; text tokens see and are seen by everything.
+
+``dense`` is a glob of sites that stay dense, ``dense_steps`` the share of steps, from the noisy
+end, in which everything attends to everything: the samples say which timesteps those are.
+
+Source: Xi et al., Sparse VideoGen, arXiv 2502.01776, sections 4.1 and 4.2 (heads), 5.1 (dense
+steps); Zhang et al., Sliding Tile Attention, arXiv 2502.04507; Zhang et al., Jenga, arXiv
+2505.16864 (mass); Li et al., Radial Attention, arXiv 2506.19852. Budgets over heads: ours.
+Invariant: at density 1 the function of the graph is unchanged. No density is ever exceeded.
+Online: the gathers that reorder tokens; for ``heads=online`` 64 queries of dense attention, for
+``topk`` and ``mass`` the means of blocks.
+"""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, fx
+
+from vdqc.base import video_mask
+from vdqc.base.block_mask import blocks, full_mask
+from vdqc.base.diagnostics import ConfigError, InputError
+from vdqc.base.mask_policies import POLICIES, classify_heads, sampled_rows
+from vdqc.base.sparsity import MASKS, MaskPolicy
+from vdqc.engine.frames import sizes_of
+from vdqc.engine.pass_manager import Context, Pass, PassResult
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.signature import evaluate
+from vdqc.ir.site import Site, SiteKind, note
+from vdqc.ir.size_nodes import SizeNodes, timestep_input
+from vdqc.ir.sparse_ops import SPARSE_ATTENTION
+
+aten = torch.ops.aten
+_DENSE = aten.scaled_dot_product_attention.default
+#: Levels of a calibrated budget, as multiples of the density.
+LEVELS = (0.5, 1.0, 2.0, 4.0)
+_LAYOUT = ("frames", "tokens_per_frame", "text", "text_first", "frame_width")
+
+
+class Heads(enum.StrEnum):
+    """When a head's mask is decided."""
+
+    CALIBRATED = "calibrated"
+    ONLINE = "online"
+
+
+class Budget(enum.StrEnum):
+    """How the density is spread."""
+
+    UNIFORM = "uniform"
+    CALIBRATED = "calibrated"
+
+
+@final
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Makes self-attention over frames block-sparse.
+
+    Attributes:
+        policy: ``svg``, ``spatial``, ``temporal``, ``tile``, ``radial``, ``topk`` or ``mass``.
+        density: share of the block pairs that are computed; of ``mass`` the least.
+        heads: ``calibrated`` or ``online``, for policies with several masks.
+        budget: ``uniform``, or ``calibrated`` over all layers and heads.
+        block: tokens of a block: 64 or 128 where a GPU is to run it.
+        sinks: leading frames that every query attends to (SVG uses 1 where text is not joined in).
+        mass: probability that ``mass`` reaches, 0.6 if not given.
+        dense: glob of sites that stay dense.
+        dense_steps: share of steps that stay dense, from the noisy end.
+        select: glob of sites.
+    """
+
+    policy: str = "svg"
+    density: float = 0.25
+    heads: Heads = Heads.CALIBRATED
+    budget: Budget = Budget.UNIFORM
+    block: int = 128
+    sinks: int = 0
+    mass: float = 0.0
+    dense: str = ""
+    dense_steps: float = 0.0
+    select: str = "*"
+
+    name: ClassVar[str] = "sparsify"
+    at: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED, Stage.COMPRESSED})
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        base = self.base
+        if self.budget is Budget.CALIBRATED and not base.masks:
+            raise ConfigError(f"sparsify.budget: '{self.policy}' chooses blocks itself")
+        if not 0 <= self.dense_steps < 1:
+            raise ConfigError(f"sparsify.dense_steps: expected 0 ... 1, got {self.dense_steps:g}")
+
+    @property
+    def base(self) -> MaskPolicy:
+        """The policy at the one density; raises ConfigError."""
+        mass = self.mass or (0.6 if self.policy == "mass" else 0.0)
+        return MaskPolicy(self.policy, (self.density,), self.block, self.sinks, mass)
+
+    def planned(self) -> Sparsify:
+        """This pass without what it needs samples for, to explain what it would do."""
+        return Sparsify(self.policy, self.density, Heads.ONLINE, Budget.UNIFORM, self.block,
+                        self.sinks, self.mass, self.dense, 0.0, self.select)  # fmt: skip
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        """Rewrite; facts: policy, masks and density of every site, and of the whole run."""
+        sites = [s for s in graph.sites(self.select, SiteKind.ATTENTION) if self._matches(s, ctx)]
+        if not sites:
+            ctx.diagnostics.warning(
+                "", "nothing-sparse", "no attention spans the frames of a video"
+            )
+            return PassResult(0)
+        examples = [layouts(graph, sample.inputs, sites) for sample in ctx.samples]
+        self._check(examples, sites, ctx)
+        plans = self._plans(graph, sites, examples, ctx)
+        sizes, dense = SizeNodes(graph), self._dense_flag(graph, ctx)
+        for site in sites:
+            rewrite(graph, site, plans[site.name], sizes, dense)
+        shares = {s.name: plans[s.name].density for s in sites}
+        mean = sum(shares.values()) / len(shares)
+        return PassResult(
+            len(sites),
+            {
+                "sparsity": {s.name: plans[s.name].facts() for s in sites},
+                "mask_density": mean,
+                "effective_density": self.dense_steps + (1 - self.dense_steps) * mean,
+            },
+        )
+
+    # -- match ----------------------------------------------------------------------------------
+
+    def _matches(self, site: Site, ctx: Context) -> bool:
+        """True if ``site`` is dense self-attention over frames; says why it is not."""
+        reason = obstacle(site)
+        if not reason and self.dense and fnmatch.fnmatchcase(site.name, self.dense):
+            reason = "dense", f"it matches dense={self.dense}"
+        if not reason:
+            return True
+        code, message = reason
+        known = ctx.diagnostics.warning if code == "no-frames" else ctx.diagnostics.remark
+        known(site.name, code, f"stays dense: {message}")
+        return False
+
+    def _check(
+        self, examples: Sequence[Mapping[str, list[int]]], sites: Sequence[Site], ctx: Context
+    ) -> None:
+        """Raise InputError where the density cannot be reached at the largest sample's sizes."""
+        for site in sites:
+            sizes = [example[site.name] for example in examples]
+            if not sizes:
+                continue
+            largest = max(sizes, key=lambda s: s[0] * s[1] + s[2])
+            rows = blocks(largest[0] * largest[1] + largest[2], self.block)
+            try:
+                video_mask.reachable(largest, str(self.base))
+            except InputError as error:
+                found = error.diagnostic
+                if found.code != "density" or rows * self.density >= 2:
+                    raise InputError(
+                        found.message, *found.notes, code=found.code, site=site.name
+                    ) from error
+                ctx.diagnostics.warning(
+                    site.name,
+                    "samples-too-small",
+                    f"the samples have {rows} blocks of {self.block} tokens: too few for a density "
+                    f"of {self.density:g}; calls of their size attend to everything",
+                )
+
+    # -- plan -----------------------------------------------------------------------------------
+
+    def _plans(
+        self,
+        graph: Graph,
+        sites: Sequence[Site],
+        examples: Sequence[Mapping[str, list[int]]],
+        ctx: Context,
+    ) -> dict[str, SitePlan]:
+        base = self.base
+        several = len(MASKS[base.name]) > 1
+        calibrated = self.budget is Budget.CALIBRATED
+        if (several and self.heads is Heads.CALIBRATED) or calibrated:
+            policy = self._levels(examples) if calibrated else base
+            errors, shares = measure(graph, ctx, sites, policy, examples)
+            if errors:
+                return assign(policy, errors, shares, self.density, len(MASKS[base.name]))
+            ctx.diagnostics.warning(
+                "", "not-calibrated", "no sample is large enough for masks: heads decide online"
+            )
+        found = {}
+        for site in sites:
+            layout = examples[0][site.name] if examples else None
+            share = video_mask.density(layout, str(base)) if layout else self.density
+            found[site.name] = SitePlan(base, None, share)
+        return found
+
+    def _levels(self, examples: Sequence[Mapping[str, list[int]]]) -> MaskPolicy:
+        """The densities that every sample large enough can have."""
+        levels = []
+        for level in sorted({min(1.0, self.density * factor) for factor in LEVELS}):
+            policy = MaskPolicy(self.policy, (level,), self.block, self.sinks)
+            if level == self.density or any(_reaches(e, policy) for e in examples):
+                levels.append(level)
+        return MaskPolicy(self.policy, tuple(levels), self.block, self.sinks)
+
+    def _dense_flag(self, graph: Graph, ctx: Context) -> fx.Node | None:
+        if self.dense_steps == 0:
+            return None
+        node = timestep_input(graph, ctx.samples)
+        times = sorted(s.timestep for s in ctx.samples if s.timestep is not None)
+        if node is None or not times:
+            raise InputError(
+                "expected a timestep input and samples that name theirs, for dense_steps",
+                "give Sample(..., timestep=t)",
+            )
+        from_here = times[min(len(times) - 1, round(len(times) * (1 - self.dense_steps)))]
+        first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+        above = graph.call(aten.ge.Scalar, node, from_here, before=first)
+        flag = graph.call(aten.any.default, above, before=first)
+        for made in (above, flag):
+            made.meta.pop("nn_module_stack", None)
+        return flag
+
+
+@final
+@dataclass(frozen=True)
+class SitePlan:
+    """What one site gets: a policy, the mask of each head (None: decided online), its density."""
+
+    policy: MaskPolicy
+    heads: Tensor | None
+    density: float
+
+    def facts(self) -> dict[str, Any]:
+        """For the report."""
+        names = [f"{mask}@{density:g}" for mask, density in self.policy.masks]
+        chosen = None if self.heads is None else [names[int(i)] for i in self.heads]
+        return {"policy": str(self.policy), "density": self.density, "heads": chosen}
+
+
+# match ------------------------------------------------------------------------------------------
+
+
+def obstacle(site: Site) -> tuple[str, str] | None:
+    """Code and sentence if this attention cannot be made sparse."""
+    entries, node = note(site.node), site.node
+    if node.target is not _DENSE:
+        return "already-sparse", "it is sparse already"
+    tokens = entries.get("tokens", {})
+    if entries.get("cross"):
+        return "cross-attention", "its keys are other tokens than its queries"
+    if tokens.get("extent") != "video" or not tokens.get("frames"):
+        return "no-frames", "its shapes do not tell frames"
+    if not tokens.get("frame_major"):
+        return "no-frames", "the tokens of a frame are not neighbours"
+    rest = [*node.args[3:], *(v for k, v in node.kwargs.items() if k != "scale")]
+    if any(value not in (None, False, 0.0) for value in rest):
+        return "masked", "it has a mask of its own, drops out, is causal, or its heads share keys"
+    return None
+
+
+def layouts(graph: Graph, call: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, list[int]]:
+    """The five sizes of every site's tokens in one call."""
+    sizes = sizes_of(graph.signature, graph.signature.bind((), call))
+    found = {}
+    for site in sites:
+        tokens = note(site.node)["tokens"]
+        found[site.name] = [
+            int(tokens[key])
+            if isinstance(tokens.get(key), bool)
+            else _number(tokens.get(key), sizes)
+            for key in _LAYOUT
+        ]
+    return found
+
+
+def _number(text: str | None, sizes: Mapping[str, int]) -> int:
+    return int(evaluate(text, sizes)) if text else 0
+
+
+def _reaches(example: Mapping[str, list[int]], policy: MaskPolicy) -> bool:
+    try:
+        for layout in example.values():
+            video_mask.reachable(layout, str(policy))
+    except InputError:
+        return False
+    return True
+
+
+# math -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(
+    graph: Graph,
+    ctx: Context,
+    sites: Sequence[Site],
+    policy: MaskPolicy,
+    examples: Sequence[Mapping[str, list[int]]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Per site: error of every mask for every head, float64[masks, H], and the masks' densities.
+
+    Squared errors of the outputs of 64 queries, as a share of the squared outputs of the site, so
+    that sites compare; the mean over samples and their batch.
+    """
+    by_node = {site.node: site for site in sites}
+    operands = {operand for site in sites for operand in site.node.all_input_nodes[:3]}
+    errors: dict[str, list[Tensor]] = {}
+    shares: dict[str, Tensor] = {}
+    fitting = [i for i, example in enumerate(examples) if _reaches(example, policy)]
+    for at in ctx.progress(fitting, "sparsify"):
+        values: dict[fx.Node, Tensor] = {}
+
+        def look(node: fx.Node, value: Any, at: int = at, values: Any = values) -> None:
+            if node in operands:
+                values[node] = value
+            if node not in by_node:
+                return
+            site = by_node[node]
+            q, k, v = (values[operand] for operand in node.args[:3])
+            found = head_errors(q, k, v, scale_of(node), examples[at][site.name], policy)
+            errors.setdefault(site.name, []).append(found[0])
+            shares[site.name] = found[1]
+            for operand in node.args[:3]:
+                values.pop(operand, None)
+
+        sample = ctx.samples[at]
+        graph.run_inputs(graph.signature.bind((), sample.inputs), look)
+    return {name: torch.stack(all_).mean(0) for name, all_ in errors.items()}, shares
+
+
+def head_errors(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, layout: list[int], policy: MaskPolicy
+) -> tuple[Tensor, Tensor]:
+    """(float64[masks, H] relative squared error, float64[masks] density) for one call."""
+    shape = video_mask.as_layout(layout, policy)
+    size, device = policy.block, query.device
+    candidates, shares = [], []
+    for name, density in policy.masks:
+        mask = POLICIES[name].mask(shape, density, size, size, device) if density < 1 else None
+        if mask is None:
+            mask = full_mask(shape.tokens, shape.tokens, block_q=size, block_k=size)
+        candidates.append((POLICIES[name].order(shape, device), mask))
+        shares.append(mask.density())
+    rows = sampled_rows(shape, video_mask.SAMPLED, device)
+    found = classify_heads(query, key, value, scale, candidates, rows)[1].double().mean(1)
+    scores = query[:, :, rows].float() @ key.float().mT * scale
+    power = (torch.softmax(scores, -1) @ value.float()).double().square().mean()
+    return (found / power.clamp_min(1e-30)).cpu(), torch.tensor(shares, dtype=torch.float64)
+
+
+def assign(
+    policy: MaskPolicy,
+    errors: Mapping[str, Tensor],
+    shares: Mapping[str, Tensor],
+    density: float,
+    masks: int,
+) -> dict[str, SitePlan]:
+    """One mask for every head of every site: the best, within a density over all of them.
+
+    From the lowest level upwards, whichever head saves most error per block is raised, while the
+    mean density stays within ``density``.
+    """
+    best, at_level, cost = {}, {}, {}
+    for name, error in errors.items():
+        levels = error.unflatten(0, (-1, masks))  # [level, mask, H]
+        at_level[name], best[name] = levels.min(1)
+        cost[name] = shares[name].unflatten(0, (-1, masks)).mean(1)
+    heads = {(name, h): 0 for name in errors for h in range(errors[name].shape[1])}
+    spent = sum(float(cost[name][0]) for name, _ in heads)
+    while True:
+        room = density * len(heads) - spent + 1e-9
+        raises = [
+            (float(at_level[n][now, h] - at_level[n][to, h]) / extra, n, h, to, extra)
+            for (n, h), now in heads.items()
+            for to in range(now + 1, len(cost[n]))
+            if 0 < (extra := float(cost[n][to] - cost[n][now])) <= room
+        ]
+        gain, name, head, level, extra = max(raises, default=(0.0, "", 0, 0, 0.0))
+        if gain <= 0:
+            break
+        heads[name, head] = level
+        spent += extra
+    plans = {}
+    for name in errors:
+        count = errors[name].shape[1]
+        chosen = [heads[name, h] * masks + int(best[name][heads[name, h], h]) for h in range(count)]
+        share = float(sum(shares[name][i] for i in chosen)) / count
+        plans[name] = SitePlan(*narrowed(policy, torch.tensor(chosen)), share)
+    return plans
+
+
+def narrowed(policy: MaskPolicy, heads: Tensor) -> tuple[MaskPolicy, Tensor]:
+    """The same masks by a policy of one kind, where all heads have that kind: no reordering."""
+    if policy.name != "svg" or bool((heads % 2 != heads[0] % 2).any()):
+        return policy, heads
+    kind = "temporal" if heads[0] % 2 else "spatial"
+    return replace(policy, name=kind), heads // 2
+
+
+def scale_of(node: fx.Node) -> float:
+    """The factor on the scores of a dense attention."""
+    given: Any = node.kwargs.get("scale")
+    width: Any = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+    return float(given) if given is not None else float(width) ** -0.5
+
+
+# rewrite ----------------------------------------------------------------------------------------
+
+
+def rewrite(
+    graph: Graph, site: Site, plan: SitePlan, sizes: SizeNodes, dense: fx.Node | None
+) -> None:
+    """Replace one dense attention."""
+    tokens = note(site.node)["tokens"]
+    layout = [
+        int(tokens[key]) if isinstance(tokens.get(key), bool) else sizes.of(tokens.get(key, ""))
+        for key in _LAYOUT
+    ]
+    heads = None
+    if plan.heads is not None:
+        name = site.name.replace(":", ".").replace("#", "_")
+        heads = graph.set_param(f"{name}.mask_of_head", plan.heads)
+    operands = (*site.node.args[:3], heads, dense, layout, str(plan.policy), scale_of(site.node))
+    graph.replace(site.node, graph.call(SPARSE_ATTENTION, *operands, before=site.node))

@@ -1,0 +1,360 @@
+"""The mask of one call of a video attention: from a policy, sizes, and for some queries and keys.
+
+=========== ========================= ========================================================
+layout      5 integers                frames, tokens of a frame, text tokens, 1 if text comes
+                                      first, tokens in a row of a frame (0: unknown)
+heads       int64[H] or None          which of the policy's masks each head gets; None: decided
+                                      here, by the outputs of 64 queries
+dense       bool[] or None            True: everything attends to everything in this call
+order       int64[O, T]               token at each place, for every order that heads may need
+place       int64[O, T]               place of each token: the inverse
+which       int64[B|1, H]             which order a head's tokens take
+starts ...  see ``block_mask``        in that order
+=========== ========================= ========================================================
+
+Static masks depend on sizes alone: they are made once per size and kept. Sizes of the results
+follow from the sizes of the operands, so that a compiler needs to know nothing else: ``ids`` has
+room for every block of every row of every static mask.
+
+Error: none; densities are never exceeded. Where a density cannot be reached at these sizes, a head
+attends to everything.
+Source: Xi et al., Sparse VideoGen, arXiv 2502.01776, sections 4.1 and 4.2 (heads, online choice);
+Zhang et al., Jenga, arXiv 2505.16864, section 3.2 (mass); the masks: ``vdqc.base.mask_policies``.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from vdqc.base.block_mask import BlockMask, block_means, blocks, choose, full_mask
+from vdqc.base.diagnostics import InputError
+from vdqc.base.mask_policies import (
+    POLICIES,
+    Layout,
+    classify_heads,
+    frame_order,
+    inverse,
+    sampled_rows,
+)
+from vdqc.base.sparsity import MASKS, MaskPolicy
+
+#: Queries whose outputs decide which mask a head gets, online.
+SAMPLED = 64
+#: Densities are whole numbers of these parts, so that sizes are integer arithmetic.
+PARTS = 10_000
+
+#: (q_means, k_means, scale, keep, mass, text_rows, always_keys, block) -> starts, counts, ids
+Selection = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class VideoMask(NamedTuple):
+    """What the module's text says."""
+
+    order: Tensor
+    place: Tensor
+    which: Tensor
+    starts: Tensor
+    counts: Tensor
+    ids: Tensor
+
+
+@final
+@dataclass(frozen=True)
+class StaticMasks:
+    """Every mask that a head may get, and the orders that they are for."""
+
+    order: Tensor
+    place: Tensor
+    index: Tensor
+    masks: tuple[BlockMask, ...]
+    room: int
+
+
+def video_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Tensor | None,
+    dense: Tensor | None,
+    layout: Sequence[int],
+    policy: str,
+    scale: float,
+    select: Selection | None = None,
+) -> VideoMask:
+    """The mask for one call; query, key, value are [B, H, T, ...] in the order of the video.
+
+    ``select`` chooses blocks by their means, as ``best_blocks`` does.
+    """
+    parsed = MaskPolicy.parse(policy)
+    shape = as_layout(layout, parsed)
+    if shape.tokens != query.shape[2] or key.shape[2] != query.shape[2]:
+        raise InputError(
+            f"expected {shape.tokens} tokens for {shape}, got {query.shape[2]} queries and "
+            f"{key.shape[2]} keys"
+        )
+    if MASKS[parsed.name]:
+        found = _static(parsed, shape, query.device)
+        choice = _choice(found, query, key, value, heads, shape, scale)
+        mask = choose(found.masks, choice)
+        ids = torch.nn.functional.pad(mask.ids, (0, found.room - mask.ids.numel()))
+        orders = (found.order.clone(), found.place.clone(), found.index[choice])
+        result = VideoMask(*orders, mask.starts, mask.counts, ids)
+    else:
+        result = _chosen(parsed, shape, query, key, scale, select or best_blocks)
+    if dense is None:
+        return result
+    # every mask's ids begin with a row of all of them
+    columns = blocks(shape.tokens, parsed.block)
+    return result._replace(
+        starts=result.starts.masked_fill(dense, 0),
+        counts=result.counts.masked_fill(dense, columns),
+    )
+
+
+def video_mask_sizes(
+    query: Tensor, heads: Tensor | None, layout: Sequence[Any], policy: str
+) -> Any:
+    """Shapes of what ``video_mask`` returns, also for symbolic sizes: six lists."""
+    parsed = MaskPolicy.parse(policy)
+    batch, count, tokens = query.shape[:3]
+    rows = (tokens + parsed.block - 1) // parsed.block
+    orders = _orders(parsed)
+    if MASKS[parsed.name]:
+        first = 1 if heads is not None or len(parsed.masks) == 1 else batch
+        ids = len(parsed.masks) * (rows + rows * rows)
+    else:
+        first = batch
+        ids = rows + batch * count * _inner(layout, rows, parsed) * _width(layout, rows, parsed)
+    if parsed.name == "dense":
+        first, ids = 1, rows
+    mask = [first, count, rows]
+    return [orders, tokens], [orders, tokens], [first, count], mask, mask, [ids]
+
+
+def density(layout: Sequence[int], policy: str, heads: Tensor | None = None) -> float:
+    """Share of block pairs that are computed at these sizes; of ``mass`` the least.
+
+    Heads that are decided online count as the mean of their masks.
+    """
+    parsed = MaskPolicy.parse(policy)
+    if not parsed.masks:
+        return 1.0 if parsed.name == "dense" else parsed.densities[0]
+    masks = _static(parsed, as_layout(layout, parsed), torch.device("cpu")).masks
+    shares = torch.tensor([mask.density() for mask in masks])
+    return float(shares[heads.cpu().long()].mean() if heads is not None else shares.mean())
+
+
+def reachable(layout: Sequence[int], policy: str) -> None:
+    """Raise InputError if a static mask of ``policy`` cannot have its density at these sizes."""
+    parsed = MaskPolicy.parse(policy)
+    shape = as_layout(layout, parsed)
+    for name, share in parsed.masks:
+        if share < 1:
+            POLICIES[name].mask(shape, share, parsed.block, parsed.block, "cpu")
+    if parsed.looks:
+        rows = blocks(shape.tokens, parsed.block)
+        least = sum(shape.always_keys(parsed.block)) + 1
+        keep = _keep(list(layout), rows, parsed)
+        if keep < min(least, rows):
+            raise InputError(
+                f"a density of {parsed.densities[0]:g} keeps {keep} of {rows} key blocks, expected "
+                f"at least {least}: text, first frames and the diagonal take that much",
+                "choose a higher density, or smaller blocks",
+                code="density",
+            )
+
+
+def as_layout(layout: Sequence[int], policy: MaskPolicy) -> Layout:
+    """The five integers as ``Layout``."""
+    frames, per_frame, text, first, width = (int(size) for size in layout)
+    return Layout(frames, per_frame, text, bool(first), width, min(policy.sinks, frames))
+
+
+def best_blocks(
+    q_means: Tensor,
+    k_means: Tensor,
+    scale: float,
+    keep: int,
+    mass: float,
+    text_rows: list[int],
+    always_keys: list[int],
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks by the scores of their means: first what is always on, then the best.
+
+    A row keeps ``keep`` blocks at least, and with ``mass`` as many as their probability takes; text
+    rows keep all. The same result as ``vdqc_kernels.block_mask_topk``.
+    """
+    scores = (q_means.float() @ k_means.float().mT) * scale
+    scores = scores.masked_fill(scores.isnan(), float("-inf"))
+    rows, columns = scores.shape[-2:]
+    lead, tail = text_rows
+    inside = scores[..., lead : rows - tail, :]
+    column = torch.arange(columns, device=scores.device)
+    own = torch.arange(lead, rows - tail, device=scores.device)[:, None]
+    always = (column == own) | (column < always_keys[0]) | (column >= columns - always_keys[1])
+    ranked = (
+        inside.masked_fill(always, float("inf")).sort(dim=-1, descending=True, stable=True).indices
+    )
+    count = always.sum(-1).clamp_min(min(keep, columns)).expand(inside.shape[:-1])
+    width = min(columns, max(keep, sum(always_keys) + 1))
+    if mass > 0:
+        width = columns
+        reached = torch.softmax(inside, -1).gather(-1, ranked).cumsum(-1) < mass
+        count = torch.maximum(count, (reached.sum(-1) + 1).clamp_max(columns))
+    spare = torch.arange(width, device=scores.device) >= count[..., None]
+    ids = ranked[..., :width].masked_fill(spare, columns).sort(dim=-1).values.masked_fill(spare, 0)
+    head = scores.shape[:-2]
+    counts = torch.full((*head, rows), columns, dtype=torch.int32, device=scores.device)
+    starts = torch.zeros_like(counts)
+    counts[..., lead : rows - tail] = count
+    line = torch.arange(count.numel(), dtype=torch.int32, device=scores.device)
+    starts[..., lead : rows - tail] = columns + width * line.reshape(count.shape)
+    return starts, counts, torch.cat([column.to(torch.int32), ids.flatten().to(torch.int32)])
+
+
+def reorder(x: Tensor, order: Tensor, index: Tensor) -> Tensor:
+    """Tokens of x[B, H, T, D] by ``order[index[b, h]]``; also undoes it, given the places."""
+    rows = order[index].unsqueeze(-1).expand(*x.shape[:2], -1, x.shape[-1])
+    return x.gather(2, rows)
+
+
+# -- static masks ------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def _static(policy: MaskPolicy, layout: Layout, device: torch.device) -> StaticMasks:
+    """Masks and orders of one policy at one size; kept, so never given away without a copy."""
+    orders: list[Tensor] = []
+    where: dict[Any, int] = {}
+    masks, index = [], []
+    for name, share in policy.masks:
+        found = POLICIES[name]
+        if found.order not in where:
+            where[found.order] = len(orders)
+            orders.append(found.order(layout, device))
+        index.append(where[found.order])
+        masks.append(_mask_or_full(policy, layout, name, share, device))
+    order = torch.stack(orders)
+    place = torch.stack([inverse(row) for row in orders])
+    count = blocks(layout.tokens, policy.block)
+    room = len(masks) * (count + count**2)
+    return StaticMasks(order, place, torch.tensor(index, device=device), tuple(masks), room)
+
+
+def _mask_or_full(
+    policy: MaskPolicy, layout: Layout, name: str, share: float, device: torch.device
+) -> BlockMask:
+    size = policy.block
+    if share < 1:
+        try:
+            return POLICIES[name].mask(layout, share, size, size, device)
+        except InputError as error:
+            if error.diagnostic.code != "density":
+                raise
+            warnings.warn(f"attends to everything at {layout}: {error}", stacklevel=2)
+    everything = full_mask(layout.tokens, layout.tokens, block_q=size, block_k=size, device=device)
+    return everything
+
+
+def _orders(policy: MaskPolicy) -> int:
+    return max(1, len({POLICIES[name].order for name, _ in policy.masks}))
+
+
+def _choice(
+    found: StaticMasks,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Tensor | None,
+    layout: Layout,
+    scale: float,
+) -> Tensor:
+    if heads is not None:
+        return heads.reshape(1, -1)
+    if len(found.masks) == 1:
+        return torch.zeros(1, query.shape[1], dtype=torch.long, device=query.device)
+    orders = found.order[found.index].unbind()
+    candidates = list(zip(orders, found.masks, strict=True))
+    rows = sampled_rows(layout, SAMPLED, query.device)
+    with torch.no_grad():
+        return classify_heads(query, key, value, scale, candidates, rows)[0]
+
+
+# -- masks from queries and keys ---------------------------------------------------------------
+
+
+def _chosen(
+    policy: MaskPolicy, layout: Layout, query: Tensor, key: Tensor, scale: float, select: Selection
+) -> VideoMask:
+    batch, heads, tokens = query.shape[:3]
+    order = frame_order(layout, query.device)[None]
+    index = torch.zeros(batch, heads, dtype=torch.long, device=query.device)
+    if policy.name == "dense":
+        full = full_mask(
+            tokens, tokens, block_q=policy.block, block_k=policy.block, device=query.device
+        )
+        shape = (1, heads, -1)
+        starts, counts = full.starts.repeat(1, heads, 1), full.counts.expand(shape).contiguous()
+        return VideoMask(order, order.clone(), index[:1], starts, counts, full.ids)
+    rows = blocks(tokens, policy.block)
+    sizes = [layout.frames, layout.tokens_per_frame, layout.text, int(layout.text_first), 0]
+    with torch.no_grad():
+        mask = select(
+            block_means(query, policy.block),
+            block_means(key, policy.block),
+            scale,
+            _keep(sizes, rows, policy),
+            policy.mass,
+            list(layout.text_blocks(policy.block)),
+            list(layout.always_keys(policy.block)),
+            policy.block,
+        )
+    return VideoMask(order, order.clone(), index, *mask)
+
+
+def _text_rows(layout: Sequence[Any], block: int) -> tuple[Any, Any]:
+    """``Layout.text_blocks`` in arithmetic that symbolic sizes follow too."""
+    frames, per_frame, text, first, _ = layout
+    if isinstance(text, int) and text == 0:
+        return 0, 0
+    if first:
+        return (text + block - 1) // block, 0
+    video = frames * per_frame
+    return 0, (video + text + block - 1) // block - video // block
+
+
+def _always(layout: Sequence[Any], policy: MaskPolicy) -> tuple[Any, Any]:
+    """``Layout.always_keys``, likewise."""
+    lead, tail = _text_rows(layout, policy.block)
+    if policy.sinks:
+        first = layout[2] if layout[3] else 0
+        sinks = torch.sym_min(policy.sinks, layout[0])
+        lead = (first + sinks * layout[1] + policy.block - 1) // policy.block
+    return lead, tail
+
+
+def _inner(layout: Sequence[Any], rows: Any, policy: MaskPolicy) -> Any:
+    return rows - sum(_text_rows(layout, policy.block))
+
+
+def _keep(layout: Sequence[Any], rows: Any, policy: MaskPolicy) -> Any:
+    """Key blocks per video row, so that all rows together have the density; one at least."""
+    inner = _inner(layout, rows, policy)
+    pairs = rows * rows * round(policy.densities[0] * PARTS) // PARTS
+    inner_or_one = torch.sym_max(inner, 1)
+    return torch.sym_max(1, torch.sym_min(rows, (pairs - (rows - inner) * rows) // inner_or_one))
+
+
+def _width(layout: Sequence[Any], rows: Any, policy: MaskPolicy) -> Any:
+    if policy.mass > 0:
+        return rows
+    always = sum(_always(layout, policy)) + 1
+    return torch.sym_min(rows, torch.sym_max(_keep(layout, rows, policy), always))
