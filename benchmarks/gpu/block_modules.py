@@ -5,14 +5,15 @@ modulation, rotary embedding, residuals and the order of operations are those of
 weights are random. A block is a module whose ``Site``s hold the weights, called with an ``Engine``:
 
 ============ =================================================================================
-Float        LayerNorm, linear, GELU, SDPA (cuDNN): torch.compile fuses what it can
+Float        LayerNorm, linear, GELU, RoPE, SDPA (cuDNN): torch.compile fuses what it can
 Quantised    ``fused_quantize`` -> codes shared by the linears that read them -> ``int8_linear`` or
-             ``packed_linear`` with bias, GELU, gate and residual in the epilogue -> block-sparse
-             or dense attention: the calls that lowering emits for a GPU, in the same places
+             ``packed_linear`` with bias, GELU, gate and residual in the epilogue; ``rope`` with the
+             norm of queries and keys; block-sparse or dense attention
 ============ =================================================================================
 
-QK-norm and rotary embedding are torch ops in both (compiled). Embedders and the final layer of a
-model, under 1 % of its time, are left out. A mask is built in every call that uses one.
+The calls are placed by hand where lowering can place them, so this measures kernels in a block, not
+the compiler. Embedders and the final layer of a model, under 1 % of its time, are left out. A mask
+is built in every call that uses one.
 
 Source: diffusers' ``transformer_wan.py`` and ``transformer_hunyuan_video.py`` for the structure;
 Peebles and Xie, DiT, arXiv 2212.09748.
@@ -37,6 +38,7 @@ from vdqc.kernels.fused_quantize import FUSED_QUANTIZE
 from vdqc.kernels.int8_linear import INT8_LINEAR
 from vdqc.kernels.packed_linear import PACKED_LINEAR
 from vdqc.kernels.quantize_rows import QUANTIZE_ROWS, quantize_rows
+from vdqc.kernels.rope_quantize import ROPE
 from vdqc.kernels.sparse_attention import SPARSE_ATTENTION
 
 BF16 = torch.bfloat16
@@ -84,6 +86,12 @@ class Engine(Protocol):
         """``residual + gate * gelu(rows weightᵀ + bias)``."""
         ...
 
+    def turn(
+        self, x: Tensor, gain: Tensor, cos: Tensor | None, sin: Tensor | None, across: bool = False
+    ) -> Tensor:
+        """Norm and rotary embedding of queries or keys: ``[B, S, H, D] -> [B, H, S, D]``."""
+        ...
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> Tensor:
         """Self attention of ``[B, H, S, D]``; the last ``text`` tokens are text."""
         ...
@@ -118,6 +126,14 @@ class Float:
         y = functional.gelu(y, approximate="tanh") if gelu else y
         y = y if gate is None else y * gate
         return y if residual is None else residual + y
+
+    def turn(
+        self, x: Tensor, gain: Tensor, cos: Tensor | None, sin: Tensor | None, across: bool = False
+    ) -> Tensor:
+        """See ``Engine``."""
+        x = rms(x.flatten(-2), gain).unflatten(-1, x.shape[-2:]) if across else rms(x, gain)
+        x = x if cos is None or sin is None else rotate(x, cos, sin)
+        return x.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> Tensor:
         """See ``Engine``."""
@@ -155,6 +171,14 @@ class Quantised:
         if site.bits == 8:
             return INT8_LINEAR.op(*rows, None, site.weight, *tail)
         return PACKED_LINEAR.op(*rows, None, site.weight, site.bits, None, *tail)
+
+    def turn(
+        self, x: Tensor, gain: Tensor, cos: Tensor | None, sin: Tensor | None, across: bool = False
+    ) -> Tensor:
+        """See ``Engine``."""
+        norm = "rms_across" if across else "rms"
+        found: Tensor = ROPE.op(x, norm, gain, None, 1e-6, cos, sin, 0, True, 128)[0]
+        return found
 
     @torch._dynamo.disable  # a graph break costs microseconds, a compilation per density much more
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> Tensor:
@@ -220,17 +244,19 @@ class WanBlock(nn.Module):
         """``x [B, S, D], text [B, T, D], time [B, 6, D]``."""
         shift, scale, gate, shift2, scale2, gate2 = (self.table + time).chunk(6, 1)
         rows = engine.enter(x, "layer", scale, shift)
-        q = rms(engine.linear(rows, self.q), self.gains[0])
-        k = rms(engine.linear(rows, self.k), self.gains[1])
-        q, k = (rotate(heads(value, self.head), cos, sin).transpose(1, 2) for value in (q, k))
+        q, k = (heads(engine.linear(rows, site), self.head) for site in (self.q, self.k))
+        q = engine.turn(q, self.gains[0], cos, sin, across=True)
+        k = engine.turn(k, self.gains[1], cos, sin, across=True)
         v = heads(engine.linear(rows, self.v), self.head).transpose(1, 2)
         found = engine.enter(merged(engine.attend(q, k, v, 0)))
         x = engine.linear(found, self.out, gate=gate, residual=x)
         rows, words = engine.enter(x, "layer", weight=self.gains[2].float()), engine.enter(text)
-        q = rms(engine.linear(rows, self.cross_q), self.gains[3])
-        k = rms(engine.linear(words, self.cross_k), self.gains[4])
-        parts = (q, k, engine.linear(words, self.cross_v))
-        found = engine.cross(*(heads(part, self.head).transpose(1, 2) for part in parts))
+        q = heads(engine.linear(rows, self.cross_q), self.head)
+        k = heads(engine.linear(words, self.cross_k), self.head)
+        q = engine.turn(q, self.gains[3], None, None, across=True)
+        k = engine.turn(k, self.gains[4], None, None, across=True)
+        v = heads(engine.linear(words, self.cross_v), self.head).transpose(1, 2)
+        found = engine.cross(q, k, v)
         x = engine.linear(engine.enter(merged(found)), self.cross_out, residual=x)
         rows = engine.enter(x, "layer", scale2, shift2)
         inner = engine.enter(engine.linear(rows, self.up, gelu=True))
@@ -263,13 +289,13 @@ class DoubleBlock(nn.Module):
             site: Any = stream
             shift, scale, *rest = (site.table + time).chunk(6, 1)
             rows = engine.enter(value, "layer", scale, shift)
-            q = rms(heads(engine.linear(rows, site["q"]), self.head), site.gains[0])
-            k = rms(heads(engine.linear(rows, site["k"]), self.head), site.gains[1])
-            if value is x:
-                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            parts.append((q, k, heads(engine.linear(rows, site["v"]), self.head)))
+            q, k, v = (heads(engine.linear(rows, site[name]), self.head) for name in "qkv")
+            at = (cos, sin) if value is x else (None, None)
+            q = engine.turn(q, site.gains[0], *at)
+            k = engine.turn(k, site.gains[1], *at)
+            parts.append((q, k, v.transpose(1, 2)))
             chunks.append(rest)
-        q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(*parts, strict=True))
+        q, k, v = (torch.cat(pair, 2) for pair in zip(*parts, strict=True))
         found = merged(engine.attend(q, k, v, text.shape[1])).split([x.shape[1], text.shape[1]], 1)
         out = []
         for index, value in enumerate((x, text)):
@@ -301,8 +327,8 @@ class SingleBlock(nn.Module):
         shift, scale, gate = (self.table + time[:, :3]).chunk(3, 1)
         rows = engine.enter(both, "layer", scale, shift)
         q, k, v = (heads(engine.linear(rows, s), self.head) for s in (self.q, self.k, self.v))
-        q = rotate(rms(q, self.gains[0]), cos, sin).transpose(1, 2)
-        k = rotate(rms(k, self.gains[1]), cos, sin).transpose(1, 2)
+        q = engine.turn(q, self.gains[0], cos, sin)
+        k = engine.turn(k, self.gains[1], cos, sin)
         found = merged(engine.attend(q, k, v.transpose(1, 2), text.shape[1]))
         inner = torch.cat((found, engine.linear(rows, self.up, gelu=True)), -1)
         both = engine.linear(engine.enter(inner), self.out, gate=gate, residual=both)

@@ -182,7 +182,11 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Call:
         BLOCK_SIZE=(mask.block_q, mask.block_k),
         seq_lengths=(mask.queries, mask.keys),
     )
-    run = torch.compile(flexible.flex_attention) if query.is_cuda else flexible.flex_attention
+    run = (
+        torch.compile(flexible.flex_attention, dynamic=False)
+        if query.is_cuda
+        else flexible.flex_attention
+    )
     return lambda: run(query, key, value, block_mask=blocks)
 
 

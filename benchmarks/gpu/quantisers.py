@@ -19,6 +19,7 @@ from benchmarks.gpu.env import Env, kernel, route
 from benchmarks.gpu.names import AUTO
 from benchmarks.gpu.peers import Peer
 from benchmarks.gpu.trial import Case, Op, Trial, Work
+from vdqc.base import hadamard
 from vdqc.base.numerics import REDRAWN_NOISE
 from vdqc.kernels.base import Cost
 from vdqc.kernels.fused_quantize import QuantizeProblem
@@ -129,8 +130,10 @@ def check(env: Env, forms: tuple[Form, ...]) -> None:
         of = kernel(form.op)
         call = route(of, env)
         for rows, width in DRY_SHAPES if env.dry else SHAPES:
-            if form.block and (width % max(form.block, 1) or (env.dry and form.block > width)):
-                width = 384 if form.block < 0 else form.block * 3
+            if form.block < 0:
+                width = width if hadamard.factors(width) else 384
+            elif form.block and width % form.block:
+                width = form.block * 3
             given = form.arguments(env, rows, width)
             compare(form, checks.ran_poisoned(call, *given), of.reference(*given))
 

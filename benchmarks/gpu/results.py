@@ -3,7 +3,7 @@
 ::
 
     {"header": {"gpu", "driver", "torch", "triton", "cuda", "cudnn", "python", "commit",
-                "clocks", "ceilings", "time"},
+                "clocks", "clocks_loaded", "ceilings", "time"},
      "check": "passed",
      "rows": [{"op", "case", "variant", "p50_ms", "p20_ms", "p80_ms", "rate", "unit",
                "ceiling_fraction", "predicted_ms", "peer", "peer_p50_ms", "ratio", "note"}],

@@ -2,14 +2,13 @@
 
 The configuration files decide between ``plain``, ``tma`` and ``ws`` kernels, and a ``ws`` kernel
 that does not compile or disagrees with the plain one is replaced by it with a warning. ``plain``
-takes the other rows out of the files' answer; ``Watch`` reads the choice and the warnings, so that
+takes the other rows out of the files' answer; ``Watch`` reads the choice and the verdict, so that
 a row of results never carries the name of a kernel that did not run.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,26 +76,39 @@ def watched() -> Iterator[Watch]:
     """Watch which configurations are chosen and which kernels give way."""
     from vdqc.kernels.gpu import runtime
 
-    watch, original = Watch(), runtime.best_config
+    watch = Watch()
+    choose, guard = runtime.best_config, runtime.guarded
 
-    def recorded(*args: Any, **named: Any) -> Any:
-        config = original(*args, **named)
+    def chosen(*args: Any, **named: Any) -> Any:
+        config = choose(*args, **named)
         watch.variants.append(f"{config.variant} {config.tile}")
         return config
 
+    def guarded(key: str, *args: Any, **named: Any) -> Any:
+        result = guard(key, *args, **named)
+        if not runtime._VERDICTS.get(key):  # said once by a warning, true from then on
+            watch.fallbacks.append(f"{key}: the plain variant serves")
+        return result
+
+    with _replaced("best_config", chosen), _replaced("guarded", guarded):
+        yield watch
+
+
+@contextmanager
+def _replaced(name: str, value: Any) -> Iterator[None]:
+    """``runtime.<name>`` in every module that has it by name."""
+    from vdqc.kernels.gpu import runtime
+
+    original = getattr(runtime, name)
     holders = [
         module
-        for name, module in list(sys.modules.items())
-        if name.startswith("vdqc.kernels.gpu.") and getattr(module, "best_config", 0) is original
+        for path, module in list(sys.modules.items())
+        if path.startswith("vdqc.kernels.gpu.") and getattr(module, name, None) is original
     ]
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    try:
         for module in holders:
-            module.best_config = recorded  # type: ignore[attr-defined]
-        try:
-            yield watch
-        finally:
-            for module in holders:
-                module.best_config = original  # type: ignore[attr-defined]
-            texts = [str(warning.message) for warning in said]
-            watch.fallbacks += [text for text in texts if "plain variant serves" in text]
+            setattr(module, name, value)
+        yield
+    finally:
+        for module in holders:
+            setattr(module, name, original)

@@ -161,7 +161,9 @@ class Session:
                 return str(hello.get("fatal") or hello["error"])
             self.device, self.listed = hello["device"], hello["ops"]
             request = {"do": "ceilings", "known": self.ceilings}
-            self.ceilings = self.worker.ask(request, CEILINGS).get("ceilings", {})
+            found = self.worker.ask(request, CEILINGS)
+            self.ceilings = found.get("ceilings", {})
+            self.device["clocks_loaded"] = found.get("loaded", "")
         except LostError as error:
             return str(error)
         return None
