@@ -6,8 +6,8 @@ x: entries of +1 and -1 are exact in every float format and block^-0.5 is multip
 in float32. On a GPU a row (or a block, of a Kronecker product) is rotated in registers; orders that
 no kernel takes run as the reference.
 
-Error: bfloat16 on a CPU: one rounding of each partial result (relative 2^-9); on a GPU values are
-two bfloat16 summands (2^-17; three for float32), rounded once; else as ``vdqc::rotate``.
+Error: bfloat16: one rounding of each partial result (relative 2^-9); float32 and float16 on a GPU:
+values as two bfloat16 summands (2^-17), rounded once; else as ``vdqc::rotate``.
 Source: Ashkboos et al., QuaRot, arXiv 2404.00456, section 4.
 """
 

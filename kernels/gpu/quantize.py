@@ -1,7 +1,8 @@
 """Activation quantisers and rotations on a GPU: which kernel takes what.
 
 =============== =================================================================================
-quantize_row    rows up to 16384 in registers; Hadamard blocks up to 128, or one Kronecker product
+quantize_line   rows up to 16384 in registers, without a rotation
+quantize_row    the same with one: Hadamard blocks up to 128, or one Kronecker product
 quantize_steps  longer rows; low-rank branches; Hadamard blocks up to 128
 both            other combinations: the values go through memory once, in float32
 torch           rotations that neither takes
@@ -24,6 +25,7 @@ from vdqc.base.numerics import MIN_SCALE
 from vdqc.base.packing import pack
 from vdqc.kernels.gpu.device import whole
 from vdqc.kernels.gpu.operands import FLOATS, Form, Quantised
+from vdqc.kernels.gpu.quantize_line import launch_line, takes_line
 from vdqc.kernels.gpu.quantize_row import launch_row, takes_row
 from vdqc.kernels.gpu.quantize_steps import launch_steps, takes_steps
 from vdqc.kernels.gpu.runtime import on_device, operand
@@ -40,7 +42,7 @@ def _static(x, codes, scale, zero, width, chunks, qmin, qmax, per_row, BLOCK: tl
     value = tl.where(value == value, value, 0.0)
     moved = tl.load(zero + row * per_row) if zero is not None else 0
     # clamped before it is rounded: the bounds are whole
-    low, high = (qmin - moved).to(tl.float32), (qmax - moved).to(tl.float32)
+    low, high = (qmin - moved) * 1.0, (qmax - moved) * 1.0
     value = tl.minimum(tl.maximum(value, low), high)
     tl.store(codes + at, (whole(value) + moved).to(tl.int8), mask=column < width)
 
@@ -117,6 +119,8 @@ def quantise_rows(
         found = quantise_rows(x, steps, replace(form, packed=False), y, gate)
         flat = pack(found.codes.reshape(-1, width), 4)
         return replace(found, codes=flat.reshape(*x.shape[:-1], -1))
+    if form.down is None and takes_line(width, steps):
+        return launch_line(x, steps, form, y, gate)
     if form.down is None and takes_row(width, steps, form.packed):
         return launch_row(x, steps, form, y, gate)
     if takes_steps(width, steps):

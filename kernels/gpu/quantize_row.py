@@ -77,19 +77,21 @@ def _row(  # noqa: C901 - decided at compilation
     for index in range(first, last, stride):
         row = tl.cast(index, tl.int64)
         base = row * width
-        value = residual(x, y, gate, base, (row // gate_every) * gate_stride, column, known)
+        # divided in 32 bits: 64 cost as much as the codes of four values
+        gate_base = tl.cast(index // gate_every, tl.int64) * gate_stride
+        value = residual(x, y, gate, base, gate_base, column, known, ".cg")
         if stream is not None:
             tl.store(stream + base + column, value.to(stream.dtype.element_ty), mask=known)
         if NORM == "layer":
             value = tl.where(known, value - tl.div_rn(tl.sum(value), width * 1.0), 0.0)
         if NORM != "none":
             value = value * deviation(tl.sum(value * value), width, eps)
-        scale_base = (row // scale_every) * scale_stride
-        shift_base = (row // shift_every) * shift_stride
-        sign_base = (row % sign_rows) * width
+        scale_base = tl.cast(index // scale_every, tl.int64) * scale_stride
+        shift_base = tl.cast(index // shift_every, tl.int64) * shift_stride
+        sign_base = (index % sign_rows) * width
         first_signs = None if SIGNS_LAST else signs
         value = affine(
-            value, weight, bias, scale, shift, column, scale_base, shift_base, known, known
+            value, weight, bias, scale, shift, column, scale_base, shift_base, known, known, False
         )
         value = activate(value, smooth, first_signs, column, sign_base, known, known, ACTIVATION)
         if right is not None:

@@ -48,24 +48,26 @@ RANK_LIMIT = 32
 @triton.jit
 def _values(
     x, y, gate, weight, bias, scale, shift, smooth, signs, matrix,
-    mean, rstd, start, limit, row, live, width, order, root,
+    mean, rstd, start, limit, index, live, width, order, root,
     gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, TERMS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """(values before the quantiser, columns, mask) of columns ``start`` ... of some rows."""
-    place = tl.arange(0, B)[None, :]
+    place, row = tl.arange(0, B)[None, :], index.to(tl.int64)
     column = start + place
     known = (place < order) & (column < limit)
     real = live & known
-    gate_base = (row // gate_every) * gate_stride
-    value = residual(x, y, gate, row * width, gate_base, column, real)
+    gate_base = (index // gate_every).to(tl.int64) * gate_stride
+    value = residual(x, y, gate, row * width, gate_base, column, real, "")
     if NORM == "layer":
         value = value - mean
     if NORM != "none":
         value = value * rstd
-    scale_base = (row // scale_every) * scale_stride
-    shift_base = (row // shift_every) * shift_stride
-    value = affine(value, weight, bias, scale, shift, column, scale_base, shift_base, known, real)
+    scale_base = (index // scale_every).to(tl.int64) * scale_stride
+    shift_base = (index // shift_every).to(tl.int64) * shift_stride
+    value = affine(
+        value, weight, bias, scale, shift, column, scale_base, shift_base, known, real, False
+    )
     value = activate(value, smooth, signs, column, 0, known, real, ACTIVATION)
     if matrix is not None:
         value = exact_dot(value, matrix, TERMS) * root
@@ -83,8 +85,8 @@ def _steps(  # noqa: C901 - decided at compilation
     PACKED: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
     ORDER: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    live = row < rows
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    row, live = index.to(tl.int64), index < rows
     place = tl.arange(0, B)
     matrix = None
     if right is not None:
@@ -99,8 +101,8 @@ def _steps(  # noqa: C901 - decided at compilation
             column = start + place[None, :]
             known = (place[None, :] < ORDER) & (column < width)
             real = live & known
-            gate_base = (row // gate_every) * gate_stride
-            value = residual(x, y, gate, row * width, gate_base, column, real)
+            gate_base = (index // gate_every).to(tl.int64) * gate_stride
+            value = residual(x, y, gate, row * width, gate_base, column, real, "")
             if stream is not None:
                 tl.store(
                     stream + row * width + column, value.to(stream.dtype.element_ty), mask=real
@@ -125,7 +127,7 @@ def _steps(  # noqa: C901 - decided at compilation
     for start in range(0, width, ORDER):
         value, column, real = _values(
             x, y, gate, weight, bias, scale, shift, smooth, signs, matrix,
-            mean, rstd, start, width, row, live, width, ORDER, root,
+            mean, rstd, start, width, index, live, width, ORDER, root,
             gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
             NORM, ACTIVATION, TERMS, B,
         )  # fmt: skip
@@ -163,7 +165,7 @@ def _steps(  # noqa: C901 - decided at compilation
         for half in tl.static_range(SPLIT):
             value, column, real = _values(
                 x, y, gate, weight, bias, scale, shift, smooth, signs, matrix,
-                mean, rstd, start + half * part, (half + 1) * part, row, live, width, ORDER, root,
+                mean, rstd, start + half * part, (half + 1) * part, index, live, width, ORDER, root,
                 gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
                 NORM, ACTIVATION, TERMS, B,
             )  # fmt: skip

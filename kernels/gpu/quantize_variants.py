@@ -11,6 +11,7 @@ from typing import Any
 from vdqc.base import hadamard
 from vdqc.kernels.gpu.operands import Form
 from vdqc.kernels.gpu.quantize import _static
+from vdqc.kernels.gpu.quantize_line import _line, line_tile
 from vdqc.kernels.gpu.quantize_row import _row, row_tile
 from vdqc.kernels.gpu.quantize_steps import _steps, step_tile
 from vdqc.kernels.gpu.variants import Variant
@@ -68,15 +69,21 @@ def _types(form: Form, steps: Mapping[str, str]) -> tuple[dict[str, str], dict[s
     return types, values
 
 
-def _by_row(name: str, width: int, form: Form, steps: Mapping[str, str], block: int = 0) -> Variant:
+def _by_line(name: str, width: int, form: Form, steps: Mapping[str, str]) -> Variant:
+    types, values = _types(form, steps)
+    del types["root"], values["TERMS"]
+    tile = line_tile(width, form.packed)
+    return _variant(f"quantize_line/{width}-{name}", _line, types, values, tile)
+
+
+def _by_row(name: str, width: int, form: Form, steps: Mapping[str, str], block: int) -> Variant:
     types, values = _types(form, steps)
     values |= {"sign_rows": 1, "SIGNS_LAST": False}
-    if block:
-        pair = hadamard.factors(block)
-        assert pair is not None
-        types |= {"signs": "*fp32", "right": "*bf16"}
-        if pair[0] > 1:
-            types["left"] = "*bf16"
+    pair = hadamard.factors(block)
+    assert pair is not None
+    types |= {"signs": "*fp32", "right": "*bf16"}
+    if pair[0] > 1:
+        types["left"] = "*bf16"
     tile = row_tile(width, block, form.packed)
     return _variant(f"quantize_row/{width}-{name}", _row, types, values, tile)
 
@@ -97,11 +104,11 @@ def _by_steps(
 
 
 VARIANTS = [
-    *(_by_row("adaln", width, _INT8, _ADALN) for width in (1536, 3072, 5120)),
-    *(_by_row("residual", width, _INT8, _RESIDUAL) for width in (3072, 5120)),
-    *(_by_row("gelu", width, _INT8, _GELU) for width in (12288, 13824)),
-    *(_by_row("packed", width, _INT4, _ADALN) for width in (3072, 5120)),
-    _by_row("packed", 12288, _INT4, _GELU),
+    *(_by_line("adaln", width, _INT8, _ADALN) for width in (1536, 3072, 5120)),
+    *(_by_line("residual", width, _INT8, _RESIDUAL) for width in (3072, 5120)),
+    *(_by_line("gelu", width, _INT8, _GELU) for width in (12288, 13824)),
+    *(_by_line("packed", width, _INT4, _ADALN) for width in (3072, 5120)),
+    _by_line("packed", 12288, _INT4, _GELU),
     *(_by_row("h128", width, _INT8, _ADALN, 128) for width in (1536, 3072, 5120)),
     _by_row("h128", 12288, _INT8, _GELU, 128),
     _by_row("packed-h128", 3072, _INT4, _ADALN, 128),

@@ -4,7 +4,8 @@ Arguments that are None skip their step. ``base`` is where a row starts (64 bits
 columns and masks are blocks that broadcast to the block of values. What lies outside a row is 0
 from the first load to the last code.
 
-Error: as ``vdqc.kernels.prologue``; a rotation takes float32 as two bfloat16 summands (2^-17).
+Error: as ``vdqc.kernels.prologue``; a rotation takes a bfloat16 row as bfloat16, any other as two
+bfloat16 summands (2^-17).
 Source: see ``vdqc.kernels.prologue``.
 """
 
@@ -15,11 +16,16 @@ from vdqc.kernels.gpu.device import gelu_tanh, silu
 
 
 @triton.jit
-def residual(x, y, gate, base, gate_base, column, real):
-    """``x + gate * y`` as float32, rounded to the dtype of x where there is a sum."""
-    value = tl.load(x + base + column, mask=real, other=0.0).to(tl.float32)
+def residual(x, y, gate, base, gate_base, column, real, CACHE: tl.constexpr):
+    """``x + gate * y`` as float32, rounded to the dtype of x where there is a sum.
+
+    ``CACHE``: where x and y are kept; ``.cg`` leaves L1 to what all rows share.
+    """
+    value = tl.load(x + base + column, mask=real, other=0.0, cache_modifier=CACHE)
+    value = value.to(tl.float32)
     if y is not None:
-        update = tl.load(y + base + column, mask=real, other=0.0).to(tl.float32)
+        update = tl.load(y + base + column, mask=real, other=0.0, cache_modifier=CACHE)
+        update = update.to(tl.float32)
         if gate is not None:
             factor = tl.load(gate + gate_base + column, mask=real, other=0.0)
             update = factor.to(tl.float32) * update
@@ -29,23 +35,36 @@ def residual(x, y, gate, base, gate_base, column, real):
 
 @triton.jit
 def deviation(square_sum, width, eps):
-    """``1 / sqrt(square_sum / width + eps)``, correctly rounded at each step."""
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square_sum, width * 1.0) + eps))
+    """``1 / sqrt(square_sum / width + eps)``."""
+    return tl.rsqrt(square_sum / (width * 1.0) + eps)
 
 
 @triton.jit
-def affine(value, weight, bias, scale, shift, column, scale_base, shift_base, known, real):
-    """Norm weight and bias, then adaLN; ``known`` masks columns, ``real`` elements."""
+def affine(
+    value, weight, bias, scale, shift, column, scale_base, shift_base, known, real,
+    FUSED: tl.constexpr,
+):  # fmt: skip
+    """Norm weight and bias, then adaLN; ``known`` masks columns, ``real`` elements.
+
+    ``FUSED``: adaLN rounds once, not as torch does.
+    """
     if weight is not None:
         value = value * tl.load(weight + column, mask=known, other=0.0).to(tl.float32)
     if bias is not None:
         value = value + tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
+    factor = None
     if scale is not None:
-        factor = tl.load(scale + scale_base + column, mask=real, other=0.0)
-        value = value * (1.0 + factor.to(tl.float32))
+        factor = 1.0 + tl.load(scale + scale_base + column, mask=real, other=0.0).to(tl.float32)
     if shift is not None:
-        summand = tl.load(shift + shift_base + column, mask=real, other=0.0)
-        value = value + summand.to(tl.float32)
+        summand = tl.load(shift + shift_base + column, mask=real, other=0.0).to(tl.float32)
+        if factor is None:
+            value = value + summand
+        elif FUSED:
+            value = tl.fma(value, factor, summand)
+        else:
+            value = value * factor + summand
+    elif factor is not None:
+        value = value * factor
     return value
 
 

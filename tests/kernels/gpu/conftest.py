@@ -47,8 +47,10 @@ def _install_shim() -> None:
         self: Any, text: str, constraints: str, values: Any, types: Any, pure: bool, pack: int
     ) -> Any:
         words = [np.ascontiguousarray(value.data).view(np.uint32) for value in values]
-        found = MEANING[text](*words).view(np.int8).reshape(values[0].data.shape)
-        handle = interpreter.TensorHandle(found, tl.int8)
+        wide = values[0].data.dtype == np.float32
+        kind = (np.float32, tl.float32) if wide else (np.int8, tl.int8)
+        found = MEANING[text](*words).view(kind[0]).reshape(values[0].data.shape)
+        handle = interpreter.TensorHandle(found, kind[1])
         return type("Results", (), {"get_result": lambda self, index: handle})()
 
     def patch(tensor: Any, *scope: Any) -> None:

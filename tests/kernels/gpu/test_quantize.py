@@ -163,6 +163,14 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     return both(packed.flatten(0, -2), 4, width).reshape(*packed.shape[:-1], width)
 
 
+def only(walk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send all rows to one kernel."""
+    if walk != "line":
+        monkeypatch.setattr(quantize, "takes_line", lambda *_: False)
+    if walk == "steps":
+        monkeypatch.setattr(quantize, "takes_row", lambda *_: False)
+
+
 FORMS = {
     "int8": Form(127),
     "asym": Form(0, 8, asymmetric=True),
@@ -172,36 +180,33 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("walk", ["row", "steps"])
+@pytest.mark.parametrize("walk", ["line", "row", "steps"])
 @pytest.mark.parametrize("width", [63, 80, 192])
 def test_all_steps_at_once(
     width: int, walk: str, form: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if walk == "steps":
-        monkeypatch.setattr(quantize, "takes_row", lambda *_: False)
+    only(walk, monkeypatch)
     x = torch.randn(2, 5, width).to(BF16)
     compare(x, steps(width, (2, 5)), FORMS[form], device)
 
 
 @pytest.mark.parametrize("norm", ["none", "layer", "rms"])
 @pytest.mark.parametrize("activation", ["none", "silu"])
-@pytest.mark.parametrize("walk", ["row", "steps"])
+@pytest.mark.parametrize("walk", ["line", "row", "steps"])
 def test_each_step_alone(
     norm: str, activation: str, walk: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if walk == "steps":
-        monkeypatch.setattr(quantize, "takes_row", lambda *_: False)
+    only(walk, monkeypatch)
     x = torch.randn(2, 3, 72) + 30  # far from zero: a variance must not cancel
     compare(x, Prologue(norm=norm, activation=activation), FORMS["int8"], device)
 
 
-@pytest.mark.parametrize("walk", ["row", "steps"])
+@pytest.mark.parametrize("walk", ["line", "row", "steps"])
 @pytest.mark.parametrize("gate", ["none", "frame", "token", "all"])
 def test_the_stream_is_that_of_the_reference_bit_for_bit(
     walk: str, gate: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if walk == "steps":
-        monkeypatch.setattr(quantize, "takes_row", lambda *_: False)
+    only(walk, monkeypatch)
     x, y = torch.randn(2, 5, 80).to(BF16), torch.randn(2, 5, 80).to(BF16)
     shapes = {"frame": (2, 1, 80), "token": (2, 5, 80), "all": (80,)}
     more = [y] if gate == "none" else [y, torch.randn(shapes[gate])]
