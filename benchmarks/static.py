@@ -37,8 +37,8 @@ def main(argv: list[str]) -> int:
 
     from vdqc.kernels.gpu.offline import faults
 
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    known = record.setdefault(triton.__version__, {})
+    known = _record().get(triton.__version__, {})
+    measured: dict[str, Any] = {}
     print(f"Triton {triton.__version__}")
     print(f"{'variant':44} {'arch':6} " + " ".join(f"{name:>8}" for name in COLUMNS))
     problems = []
@@ -51,12 +51,20 @@ def main(argv: list[str]) -> int:
         if not options.update:
             worse += regressions(known.get(variant.name, {}).get(arch), found)
         problems += [f"{variant.name} on {arch}: {problem}" for problem in worse]
-        known.setdefault(variant.name, {})[arch] = asdict(found)
+        measured.setdefault(variant.name, {})[arch] = asdict(found)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if options.update:
+        record = _record()  # read again: compiling takes minutes, another may have written
+        rows = record.setdefault(triton.__version__, {})
+        for name, archs in measured.items():
+            rows[name] = rows.get(name, {}) | archs
         RECORD.write_text(_text(_current(record)))
     return 1 if problems and (options.check or options.update) else 0
+
+
+def _record() -> dict[str, Any]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
 def regressions(known: dict[str, Any] | None, found: Figures) -> list[str]:
