@@ -2,7 +2,8 @@
 
 Written from the published architectures, because the GPU's machine has no diffusers: shapes, norms,
 modulation, rotary embedding, residuals and the order of operations are those of the real blocks;
-weights are random. A block is a module whose ``Site``s hold the weights, called with an ``Engine``:
+weights are random, batches hold one sample. A block is a module whose ``Site``s hold the weights,
+called with an ``Engine``:
 
 ============ =================================================================================
 Float        LayerNorm, linear, GELU, RoPE, SDPA (cuDNN): torch.compile fuses what it can
@@ -332,7 +333,8 @@ class SingleBlock(nn.Module):
         found = merged(engine.attend(q, k, v.transpose(1, 2), text.shape[1]))
         inner = torch.cat((found, engine.linear(rows, self.up, gelu=True)), -1)
         both = engine.linear(engine.enter(inner), self.out, gate=gate, residual=both)
-        return both[:, : x.shape[1]].contiguous(), both[:, x.shape[1] :].contiguous()
+        # not both[:, :n]: its first stride would be another, and the next block compiled anew
+        return both[0, : x.shape[1]][None], both[0, x.shape[1] :][None]
 
 
 class Stack(nn.Module):

@@ -161,8 +161,8 @@ def trial(env: Env, form: Format, m: int, n: int, k: int, **epilogue: str) -> Tr
         if form.binary:
             four, packed = operands(env, W4, m, n, k), route(PACKED_LINEAR, env)
             found["vdqc w4a8"] = Peer(lambda: lambda: packed(*four.args()))
-    elif epilogue:
-        found["vdqc w8a8"] = Peer(lambda: lambda: call(*given.args()))
+    if epilogue:
+        found["without it"] = Peer(lambda: lambda: call(*given.args(), **given.named()))
 
     def verify() -> None:
         with routes.watched() as watch:

@@ -75,7 +75,15 @@ LINES: tuple[Line, ...] = (
     Line("rope", "QK norm + RoPE over eager", 8.0, 8.0, "eager"),
     Line(
         "low-rank", "rank 32 costs at most 6 % [3 %]", _overhead(0.06), _overhead(0.03),
-        "vdqc w8a8", contains=("rank32",),
+        "without it", contains=("rank32",),
+    ),
+    Line(
+        "low-rank-w4a8", "rank 32 costs at most 6 % [3 %]", _overhead(0.06), _overhead(0.03),
+        "without it", contains=("rank32",),
+    ),
+    Line(
+        "weight-only", "W4A16 over bf16 at M <= 16", 3.0, 3.0, "cublas bf16",
+        contains=("rows-1/", "rows-16/"), without=(),
     ),
     Line(
         "binary", "binary residual costs at most 3 %", _overhead(0.03), _overhead(0.03),
@@ -113,6 +121,10 @@ LINES: tuple[Line, ...] = (
     Line(
         "blocks", "HunyuanVideo block at 118.8k, 15 %, 20 % dense steps", 2.5, 3.0, "bf16 compiled",
         "w8a8 15 %, 20 % dense steps", ("hunyuan-13b-118.8k",),
+    ),
+    Line(
+        "blocks", "W4A8 alone, dense attention", 1.15, 1.2, "bf16 compiled", "w4a8 dense",
+        ("/block",),
     ),
 )  # fmt: skip
 

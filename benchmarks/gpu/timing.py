@@ -49,7 +49,7 @@ def summarise(samples: list[float]) -> Times:
 
 def time_together(functions: Mapping[str, Call], enough: float = _ENOUGH) -> dict[str, Times]:
     """Times of each function; they take turns."""
-    flush = torch.empty(_FLUSH, dtype=torch.int8, device="cuda")
+    flush = _flush_buffer()
     waits = {name: _warm_up(call) for name, call in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     waiting = set(functions)
@@ -60,6 +60,10 @@ def time_together(functions: Mapping[str, Call], enough: float = _ENOUGH) -> dic
                 if _is_enough(samples[name], enough):
                     waiting.discard(name)
     return {name: summarise(found) for name, found in samples.items()}
+
+
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(_FLUSH, dtype=torch.int8, device="cuda")
 
 
 def _is_enough(samples: list[float], enough: float) -> bool:

@@ -195,6 +195,41 @@ def test_a_peer_that_fails_leaves_its_reason_and_the_rest_its_rows() -> None:
     assert absent == {"bad": "ImportError: no such wheel"}
 
 
+def test_functions_take_turns_until_each_was_timed_often_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, order = [0.0], ""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, other: "Event") -> float:
+            return other.at - self.at
+
+    def call(name: str, ms: float) -> Any:
+        def run() -> None:
+            nonlocal order
+            order += name
+            now[0] += ms
+
+        return run
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(timing, "_flush_buffer", lambda: torch.empty(1))
+    found = timing.time_together({"a": call("a", 2.0), "b": call("b", 700.0)})
+    assert (found["a"].p50, found["b"].p50) == (2.0, 700.0)
+    assert (found["a"].count, found["b"].count) == (60, 3)
+    assert order.startswith("aabb" + "ababab" + "aaa")
+
+
 def test_percentiles() -> None:
     found = timing.summarise([float(i) for i in range(11)])
     assert (found.p20, found.p50, found.p80) == (2.0, 5.0, 8.0)
