@@ -12,9 +12,9 @@ Quantised    ``fused_quantize`` -> codes shared by the linears that read them ->
              norm of queries and keys; block-sparse or dense attention
 ============ =================================================================================
 
-The calls are placed by hand where lowering can place them, so this measures kernels in a block, not
-the compiler. Embedders and the final layer of a model, under 1 % of its time, are left out. A mask
-is built in every call that uses one.
+The calls are placed by hand where lowering can place them, so this measures kernels in a block;
+``lowered`` measures the compiler. Embedders and the final layer of a model, under 1 % of its time,
+are left out. A mask is built in every call that uses one.
 
 Source: diffusers' ``transformer_wan.py`` and ``transformer_hunyuan_video.py`` for the structure;
 Peebles and Xie, DiT, arXiv 2212.09748.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu import ceilings, timing
 from benchmarks.gpu.env import Env
 from benchmarks.gpu.names import AUTO, EVERY, PLAIN, WS
-from benchmarks.gpu.peers import Call
+from benchmarks.gpu.peers import Call, Peer
 from benchmarks.gpu.timing import Times
 from benchmarks.gpu.trial import Case, Trial
 
@@ -20,15 +20,20 @@ Row = dict[str, Any]
 
 
 def run_case(
-    env: Env, op: str, case: Case, bold: bool, step: Callable[[str], None]
+    env: Env, op: str, case: Case, without: Sequence[str], step: Callable[[str], None]
 ) -> tuple[list[Row], dict[str, str]]:
-    """(rows, peers that are absent and why); ``step`` is told what is about to happen."""
+    """(rows, peers that are absent and why); ``step`` is told what is about to happen.
+
+    ``without`` are peers with which the process was lost before; ``*`` for all that are bold.
+    """
     step("build")
     trial = case.build(env)
     step("verify")
     trial.verify()
     ours = variants(trial, case)
-    peers, absent = _peers(trial, bold, case.rank == 0, step)
+    peers, absent = _peers(trial.peers, without, case.rank == 0, step)
+    extra, missing = _peers(trial.extra, without, case.rank == 0, step)
+    ours, absent = ours | extra, absent | missing
     step("time")
     functions = {**ours, **{f"peer {name}": call for name, call in peers.items()}}
     times = _times(env, functions)
@@ -63,15 +68,15 @@ def variants(trial: Trial, case: Case) -> dict[str, Call]:
 
 
 def _peers(
-    trial: Trial, bold: bool, costly: bool, step: Callable[[str], None]
+    peers: Mapping[str, Peer], without: Sequence[str], costly: bool, step: Callable[[str], None]
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Peers that ran once, and why the others did not."""
     found: dict[str, Call] = {}
     absent: dict[str, str] = {}
-    for name, peer in trial.peers.items():
+    for name, peer in peers.items():
         if peer.costly and not costly:
             continue
-        if peer.bold and not bold:
+        if name in without or (peer.bold and EVERY in without):
             absent[name] = "left out: the process was lost with it"
             continue
         step(f"peer {name}")

@@ -2,8 +2,8 @@
 
 The most telling cases of all ops come first (``rank``). An op is checked before its first case;
 where that fails, none of its speeds is printed and the other ops go on. A process that crashes or
-exceeds its limit is replaced; the case is tried once more without the peers that compile or come as
-wheels. This process never imports torch: it holds no memory of the GPU.
+exceeds its limit is replaced; the case is tried again without the peer it was lost with, or without
+all that compile or come as wheels. This process never imports torch: it holds no memory of the GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, final
 
 from benchmarks.gpu import results
+from benchmarks.gpu.names import EVERY
 from benchmarks.gpu.results import OpResults
 from benchmarks.gpu.worker import MARK
 
@@ -31,14 +32,16 @@ ROOT = Path(__file__).resolve().parents[2]
 RESERVE = 8.0
 #: Seconds for a worker to import, for the ceilings; the least time in which a case is begun.
 HELLO, CEILINGS, LEAST = 120.0, 90.0, 12.0
+#: Times that a case is tried again.
+RETRIES = 2
 
 
 class LostError(Exception):
     """The worker crashed, or exceeded its limit (``hung``)."""
 
-    def __init__(self, text: str, hung: bool) -> None:
+    def __init__(self, text: str, hung: bool, step: str = "") -> None:
         super().__init__(text)
-        self.hung = hung
+        self.hung, self.step = hung, step
 
 
 class Worker:
@@ -79,7 +82,7 @@ class Worker:
                 line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 text = f"no answer within {limit:.0f} s, at step '{self._step}'"
-                raise LostError(text, hung=True) from None
+                raise LostError(text, hung=True, step=self._step) from None
             if line is None:
                 raise self._lost()
             message: dict[str, Any] = json.loads(line)
@@ -89,7 +92,8 @@ class Worker:
 
     def _lost(self) -> LostError:
         code = self._process.wait()
-        return LostError(f"the process ended with code {code}, at step '{self._step}'", hung=False)
+        text = f"the process ended with code {code}, at step '{self._step}'"
+        return LostError(text, hung=False, step=self._step)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -245,10 +249,13 @@ def _do(session: Session, job: Job) -> None:
         if found.check != "passed":
             print(f"== {job.op}: {found.check}; no speed of it is printed", flush=True)
             return
-    answer = _asked(session, job, bold=True)
-    if "lost" in answer and answer.get("retry"):
-        found.absent["compilers and wheels"] = f"{job.case}: {answer['error']}"
-        answer = _asked(session, job, bold=False)
+    without: list[str] = []
+    answer = _asked(session, job, without)
+    while answer.get("retry") and len(without) < RETRIES:
+        kind, _, name = str(answer.get("step", "")).partition(" ")
+        without.append(name if kind == "peer" and name not in without else EVERY)
+        found.absent[f"{name or 'a retry'} ({job.case})"] = str(answer["error"])
+        answer = _asked(session, job, without)
     _keep(session, found, job, answer)
 
 
@@ -259,8 +266,8 @@ def _checked(session: Session, job: Job) -> str:
     return str(answer.get("check") or answer.get("wrong") or answer.get("error"))
 
 
-def _asked(session: Session, job: Job, bold: bool) -> dict[str, Any]:
-    request = {"do": "time", "op": job.op, "case": job.case, "bold": bold}
+def _asked(session: Session, job: Job, without: Sequence[str]) -> dict[str, Any]:
+    request = {"do": "time", "op": job.op, "case": job.case, "without": list(without)}
     return _request(session, request, job.seconds)
 
 
@@ -274,7 +281,8 @@ def _request(session: Session, request: Mapping[str, Any], limit: float) -> dict
     except LostError as error:
         late = error.hung and allowed < limit
         has_more = session.left() > LEAST and session.again()
-        return {"error": str(error), "lost": True, "retry": has_more and not late, "late": late}
+        again = has_more and not late
+        return {"error": str(error), "step": error.step, "retry": again, "late": late}
     if answer.get("lost") and session.left() > LEAST:
         answer["retry"] = session.again()
     return answer

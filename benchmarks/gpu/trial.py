@@ -47,6 +47,7 @@ class Trial:
         notes: what a variant turned out to be, known after ``verify``.
         works: work of a variant, where it is not ``work``.
         derived: name to parts of the times of variants, such as 20 % dense and 80 % sparse steps.
+        extra: more of ours, which may fail: as a peer does.
         resident: bytes of weights of each function; then peak memory is measured too.
     """
 
@@ -59,6 +60,7 @@ class Trial:
     works: Mapping[str, Work] = field(default_factory=dict)
     derived: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     resident: Mapping[str, int] = field(default_factory=dict)
+    extra: Mapping[str, Peer] = field(default_factory=dict)
 
     def work_of(self, variant: str) -> Work:
         """The work of one variant."""

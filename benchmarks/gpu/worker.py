@@ -51,7 +51,7 @@ def main(dry: bool, seed: int) -> int:
             return {"check": "passed"}
         case = next(case for case in op.cases if case.name == request["case"])
         rows, absent = measure.run_case(
-            env.Env(here.device, dry, here.target, known), op.name, case, request["bold"], step
+            env.Env(here.device, dry, here.target, known), op.name, case, request["without"], step
         )
         return {"rows": rows, "absent": absent}
 

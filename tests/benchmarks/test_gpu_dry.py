@@ -49,6 +49,12 @@ def test_quantised_blocks_are_the_float_blocks_up_to_their_noise(model: cases.Mo
     assert not torch.equal(sparse, dense)
 
 
+@pytest.mark.slow
+def test_the_compiler_makes_the_same_block() -> None:
+    trial = blocks.trial(DRY, cases.WAN_33K, 1.0)
+    trial.extra["w8a8 dense, lowered"].build()()  # raises if it is off
+
+
 # wrong results ------------------------------------------------------------------------------------
 
 
@@ -66,7 +72,7 @@ class FakeSession(runner.Session):
         self.asked.append(request)
         answer = self.answers.pop(0)
         if answer is None:
-            raise LostError("the process ended with code -11, at step 'peer x'", hung=False)
+            raise LostError("the process ended with code -11", hung=False, step="peer x y")
         return dict(answer)
 
     def again(self) -> bool:
@@ -104,19 +110,20 @@ def test_a_case_that_is_wrong_takes_the_speeds_of_its_op_back(tmp_path: Path) ->
     assert fake.found["w8a8"].red
 
 
-def test_a_crash_is_tried_again_without_the_bold_peers(tmp_path: Path) -> None:
+def test_a_crash_is_tried_again_without_the_peer_it_came_with(tmp_path: Path) -> None:
     fake = session(tmp_path, {"check": "passed"}, None, GOOD)
     runner._do(fake, JOB)
-    assert [request.get("bold") for request in fake.asked] == [None, True, False]
+    assert [request.get("without") for request in fake.asked] == [None, [], ["x y"]]
     assert fake.started_workers == 1
     assert fake.found["w8a8"].rows == [ROW]
-    assert "peer x" in next(iter(fake.found["w8a8"].absent.values()))
+    assert fake.found["w8a8"].absent == {"x y (a/up)": "the process ended with code -11"}
 
 
-def test_a_second_crash_fails_the_case_and_the_rest_goes_on(tmp_path: Path) -> None:
-    fake = session(tmp_path, {"check": "passed"}, None, None, GOOD)
+def test_a_third_crash_fails_the_case_and_the_rest_goes_on(tmp_path: Path) -> None:
+    fake = session(tmp_path, {"check": "passed"}, None, None, None, GOOD)
     runner._do(fake, JOB)
     runner._do(fake, Job("w8a8", "b/up", 60.0))
+    assert [request.get("without") for request in fake.asked[2:4]] == [["x y"], ["x y", "*"]]
     assert list(fake.found["w8a8"].failed) == ["a/up"]
     assert fake.found["w8a8"].rows == [ROW]
     assert runner._finish(fake) == 1
@@ -190,7 +197,7 @@ def test_a_peer_that_fails_leaves_its_reason_and_the_rest_its_rows() -> None:
         notes={"auto": "plain 128x128x64"},
     )
     case = Case("c", lambda env: trial, rank=1)
-    rows, absent = measure.run_case(DRY, "op", case, True, lambda name: None)
+    rows, absent = measure.run_case(DRY, "op", case, [], lambda name: None)
     assert [(row["variant"], row["peer"]) for row in rows] == [("auto", "good")]
     assert absent == {"bad": "ImportError: no such wheel"}
 
