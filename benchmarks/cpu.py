@@ -243,10 +243,15 @@ def machine() -> dict[str, str]:
     """What the numbers belong to."""
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
+    facts: dict[str, str] = {}
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
     return {
-        "cpu": model or platform.processor(),
+        "cpu": facts.get("model name") or platform.processor(),
+        "family": facts.get("cpu family", ""),  # AMD: 25, 17 is Zen 4; 26 is Zen 5
+        "model": facts.get("model", ""),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
