@@ -15,5 +15,6 @@ PASSES: PassTable = {
     "calibrate": "vdqc.passes.calibrate:Calibrate",
     "distill": "vdqc.passes.distill:Distill",
     "sparsify": "vdqc.passes.sparsify:Sparsify",
+    "reparameterize": "vdqc.passes.reparameterize:Reparameterize",
     "fold": "vdqc.passes.fold:Fold",
 }

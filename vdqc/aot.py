@@ -20,6 +20,7 @@ from vdqc.base.target import Target
 from vdqc.ir.graph import Graph
 from vdqc.ir.signature import TensorInput
 from vdqc.lowering.prepare import prepare
+from vdqc.lowering.residual import has_residuals
 
 #: Where the package is, in the artifact's folder.
 PACKAGE = "program.pt2"
@@ -31,6 +32,11 @@ def package(graph: Graph, target: Target, inputs: Sequence[Any], file: Path) -> 
 
     Raises LoweringError where Inductor or the C++ compiler fails.
     """
+    if has_residuals(graph.module):
+        raise LoweringError(
+            "expected one program for --aot, got the two of 'reparameterize'",
+            "compile without --aot: the artifact runs under its own compile() as well",
+        )
     sizes = [
         {
             axis: torch.export.Dim.DYNAMIC

@@ -22,7 +22,9 @@ from vdqc.ir import artifact, ops  # noqa: F401 (registers the vdqc:: ops)
 from vdqc.ir.graph import Graph, Origin
 from vdqc.kernels.table import KERNELS
 from vdqc.lowering.prepare import compile_blocks, prepare
+from vdqc.lowering.residual import has_residuals, split
 from vdqc.packaged import PackagedProgram
+from vdqc.residual_cache import ResidualCache
 from vdqc.stand_in import TracedBinding, base_class, config_object, output_builder
 
 
@@ -94,6 +96,9 @@ class CompiledModel(nn.Module):
 
     program: fx.GraphModule
     _prepared: nn.Module
+    _reuse: nn.Module | None
+    _eager: tuple[fx.GraphModule, fx.GraphModule]
+    _cache: ResidualCache | None
     _package: PackagedProgram | None
 
     def __init__(self, graph: Graph, target: Target) -> None:
@@ -106,6 +111,7 @@ class CompiledModel(nn.Module):
         self._binding = TracedBinding(graph.signature)
         self._build = output_builder(graph.signature)
         self.__dict__["_package"] = None
+        self.__dict__["_reuse"] = self.__dict__["_cache"] = None
         self._prepare()
         self.register_state_dict_post_hook(_original_names)
         self.register_load_state_dict_pre_hook(_program_names)
@@ -115,7 +121,9 @@ class CompiledModel(nn.Module):
         """What the original's ``forward`` returns for this call; raises InputError if it differs
         from the calls that were captured in more than the sizes that may vary."""
         return_dict = self._return_dict(args, kwargs)
-        if torch.compiler.is_compiling():
+        if self._cache is not None:
+            outputs = self._with_residuals(args, kwargs)
+        elif torch.compiler.is_compiling():
             outputs = self._prepared(*self._binding.bind(args, kwargs))
         else:
             inputs = self.signature.bind(args, kwargs)
@@ -127,7 +135,9 @@ class CompiledModel(nn.Module):
 
         Calls keep their full checks, which stay outside. ``options`` as for ``torch.compile``.
         """
-        compile_blocks(self._prepared, **{"fullgraph": True, **options})
+        for program in (self._prepared, self._reuse):
+            if program is not None:
+                compile_blocks(program, **{"fullgraph": True, **options})
         self._compiled = True
 
     def compile_repeated_blocks(self, **options: Any) -> None:
@@ -164,8 +174,28 @@ class CompiledModel(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:
-        """Accepted and ignored: step caches hook into the original's submodules."""
-        yield
+        """Names the branch of guidance that the calls inside belong to.
+
+        Only residuals ask for it: step caches hook into the original's submodules.
+        """
+        if self._cache is None:
+            yield
+            return
+        before, self._cache.name = self._cache.name, name
+        try:
+            yield
+        finally:
+            self._cache.name = before
+
+    def reset_cache(self) -> None:
+        """Forget the residuals of ``reparameterize``: the next call begins a video."""
+        if self._cache is not None:
+            self._cache.reset()
+
+    @property
+    def residual_cache(self) -> ResidualCache | None:
+        """What chooses between dense and sparse steps; None without ``reparameterize``."""
+        return self._cache
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the artifact folder is the saved form."""
@@ -195,14 +225,29 @@ class CompiledModel(nn.Module):
                 "load without aot=True",
             )
         super()._apply(fn, recurse)
-        if _retarget(self.program, probe.device):
+        if _retarget(self.program, probe.device) or self._cache is not None:
             self._prepare()
         return self
 
     def _prepare(self) -> None:
         """Make the form that compilers see; it shares the program's weights and is not a child."""
-        self.__dict__["_prepared"] = prepare(self.program, self.target)
         self._compiled = False
+        if not has_residuals(self.program):
+            self.__dict__["_prepared"] = prepare(self.program, self.target)
+            return
+        programs = split(self.program, self.device)
+        self.__dict__["_eager"] = (programs.refresh, programs.reuse)
+        self.__dict__["_prepared"] = prepare(programs.refresh, self.target)
+        self.__dict__["_reuse"] = prepare(programs.reuse, self.target)
+        cache = ResidualCache(programs.policy, programs.count, self.signature)
+        self.__dict__["_cache"] = cache
+
+    @torch.compiler.disable(reason="residuals are state: call compile() of the model instead")
+    def _with_residuals(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        assert self._cache is not None
+        refresh, reuse = (self._prepared, self._reuse) if self._compiled else self._eager
+        assert reuse is not None
+        return self._cache.run(self.signature.bind(args, kwargs), refresh, reuse)
 
     def _runner(self) -> nn.Module:
         if self._package is not None:

@@ -60,6 +60,8 @@ def explain(
     graph, _ = capture_source(source, diagnostics)
     ctx = Context(source.samples, target, diagnostics, recipe.rules, 0, progress)
     reading = [item for item in recipe.passes if item.name in ("canonicalize", "annotate")]
+    # what changes which kernel a site gets, without what needs the samples
+    reading += [item.planned() for item in recipe.passes if hasattr(item, "planned")]
     PassManager(reading, probe=False).run(graph, ctx)
     rows = with_kernels(site_rows(graph), choose(graph, target, planned=True))
     stage, passes = Stage.CAPTURED, []
