@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -160,7 +161,8 @@ class Session:
         command = [sys.executable, "-c", _CHILD, str(int(self.plan.dry)), str(self.plan.seed)]
         self.worker = Worker(command, environment)
         try:
-            hello = self.worker.ask({"do": "hello"}, HELLO)
+            limit = HELLO if not self.listed else min(HELLO, max(self.left(), LEAST))
+            hello = self.worker.ask({"do": "hello"}, limit)
             if "fatal" in hello or "error" in hello:
                 return str(hello.get("fatal") or hello["error"])
             self.device, self.listed = hello["device"], hello["ops"]
@@ -201,6 +203,7 @@ def _python_path() -> str:
 def run(plan: Plan) -> int:
     """Measure; 1 if anything was wrong, 2 if nothing could be run."""
     session = Session(plan)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the worker ends with this process
     try:
         reason = session.begin()
         if reason:
