@@ -1,0 +1,108 @@
+"""Sparse recipes from a model to videos: a tiny Wan, and the digits of the default example."""
+
+import itertools
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vdqc.base.diagnostics import Diagnostics
+from vdqc.base.metrics import psnr_db
+from vdqc.base.numerics import sqnr_db
+from vdqc.base.target import TARGETS
+from vdqc.compiled import CompiledModel, load
+from vdqc.compiler import compile, parse_recipe
+from vdqc.explain import explain
+from vdqc.ir.source import Source
+from vdqc.testing.architectures import ARCHITECTURES
+
+WAN = ARCHITECTURES["wan-t2v"]
+SPARSE = "sparsify{density=0.6,block=16}"
+DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "model.py"
+
+
+def trajectory(model: Any, steps: int, **shape: int) -> list[tuple[Tensor, Tensor]]:
+    """Outputs of both branches of guidance over a sampling run that looks at nothing it made."""
+    call = WAN.inputs(seed=3, **shape)
+    other = {**call, "encoder_hidden_states": -call["encoder_hidden_states"]}
+    found = []
+    for step in range(steps):
+        time = torch.full_like(call["timestep"], 900 - 30 * step)
+        with torch.no_grad():
+            parts = []
+            for name, own in (("cond", call), ("uncond", other)):
+                inputs = {**own, "timestep": time, "return_dict": False}
+                if not isinstance(model, CompiledModel):
+                    parts.append(model(**inputs)[0])
+                    continue
+                with model.cache_context(name):
+                    parts.append(model(**inputs)[0])
+        found.append((parts[0], parts[1]))
+    return found
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_wan_with_residuals(quantised: bool, tmp_path: Path) -> None:
+    wan = WAN.build()
+    before = "rotate,smooth,quant," if quantised else ""
+    out = compile(
+        wan,
+        WAN.samples(),
+        passes=f"{before}{SPARSE},reparameterize{{interval=3}}",
+        scheme="w8a8" if quantised else "none",
+        target="cpu",
+        out=tmp_path / "out",
+    )
+    model = load(out.path)
+    cache = model.residual_cache
+    assert cache is not None
+    floats, found = trajectory(wan, 7), trajectory(model, 7)
+    assert (cache.refreshes, cache.reuses) == (6, 8)
+    least = 25 if quantised else 60
+    for step, (pair, wanted) in enumerate(zip(found, floats, strict=True)):
+        for own, original in zip(pair, wanted, strict=True):
+            # dense steps are those of the float model; the others stay near
+            assert sqnr_db(own, original) > (least if step % 3 == 0 else 15)
+    shape = {"F": 5, "H": 12, "W": 20, "L": 14}  # another resolution and length
+    for own, original in zip(trajectory(model, 1, **shape)[0], trajectory(wan, 1, **shape)[0],
+                             strict=True):  # fmt: skip
+        assert sqnr_db(own, original) > least
+
+
+def test_explain_shows_policy_density_and_time() -> None:
+    source = Source(WAN.build(), WAN.samples(), name="wan")
+    recipe = parse_recipe(f"rotate,smooth,quant,{SPARSE},reparameterize", "w8a8")
+    plan = explain(source, recipe, TARGETS["cpu"], Diagnostics())
+    rows = {row.name: row for row in plan.sites if row.kind == "attention"}
+    sparse = [row for row in rows.values() if row.kernel == "sparse_attention"]
+    assert len(sparse) * 2 == len(rows)  # the others are cross-attention
+    for row in sparse:
+        assert "svg{density=0.6,block=16}: 0." in row.why
+        assert "residual{order=2,interval=5}" in row.why
+        assert row.predicted_us is not None
+        assert row.predicted_us > 0
+
+
+@pytest.mark.slow
+def test_digits_are_still_digits(tmp_path: Path) -> None:
+    example = runpy.run_path(str(DIGITS))
+    model, samples = example["model"](), list(itertools.islice(example["samples"](), 3))
+    pairs = torch.tensor([[3, 7]])
+    wanted = example["sample"](model, pairs, 0, steps=8)
+    reached = []
+    for passes in ("", ",reparameterize{interval=3}"):
+        out = compile(
+            model,
+            samples,
+            passes="sparsify{density=0.5,block=64}" + passes,
+            scheme="none",
+            target="cpu",
+            out=tmp_path / f"out{len(reached)}",
+            verify=False,
+        )
+        video = example["sample"](load(out.path), pairs, 0, steps=8)
+        reached.append(psnr_db(video, wanted))
+    assert min(reached) > 15
