@@ -115,6 +115,8 @@ def test(arguments: list[str]) -> int:
         [python, "-m", "ruff", "format", "--check", "."],
         [python, "-m", "ruff", "check", "."],
         [python, "-m", "mypy"],
+        # GPU kernels, compiled without a GPU: spills, registers, shared memory, opcodes
+        [python, "benchmarks/static.py", "--check", "--arch", "sm90"],
         [python, "-m", "pytest", "-n", "2"],
     )
 

@@ -119,7 +119,7 @@ def read_cubin(cubin: bytes, shared: int) -> Figures:
         regs=int(registers.group(1)) if registers else 0,
         spills=sum(op.startswith(("LDL", "STL")) for _, op, _ in code),
         shared=shared,
-        opcode=max(set(multiplies), key=multiplies.count, default=""),
+        opcode=max(sorted(set(multiplies)), key=multiplies.count, default=""),  # ties by name
         mma=len(multiplies) if loop else 0,
         loop=round(len(loop) / len(multiplies), 1) if loop else 0.0,
         bytes=len(cubin),
