@@ -40,6 +40,8 @@ from vdqc.kernels.rotation import ROTATION
 
 A = torch.ops.aten
 _LINEARS = {INT8_LINEAR.op, PACKED_LINEAR.op}
+#: Operands that come before the activation: an epilogue may follow them.
+_BEFORE_EPILOGUE = {"row_sum", "down", "up", "code_bits"}
 #: Position of ``dtype`` among the operands.
 _DTYPE = {INT8_LINEAR.op: 8, PACKED_LINEAR.op: 10}
 
@@ -56,6 +58,9 @@ def fuse_kernels(graph: Graph) -> tuple[int, int]:
 
 def _fuse_epilogue(graph: Graph, linear: fx.Node) -> bool:
     """Take in an activation, or a gate and a residual, or a residual alone."""
+    given = [*linear.args[_DTYPE[linear.target] + 1 :], *linear.kwargs]  # type: ignore[index]
+    if any(value is not None and value not in _BEFORE_EPILOGUE for value in given):
+        return False  # it ends in something already, as the sums of binary planes
     end = _past_casts(linear)
     user = _only_user(end)
     if user is None:
