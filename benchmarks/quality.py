@@ -18,7 +18,6 @@ small trained models have none, large ones do. It is an extra column, and labell
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import statistics
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quality_models import SOURCES, record_calls
 from torch import Tensor, nn
 
 from vdqc.base.diagnostics import VdqcError
@@ -37,17 +37,12 @@ from vdqc.check import check
 from vdqc.compiled import load
 from vdqc.compiler import compile as compile_model
 from vdqc.engine.named import named
-from vdqc.engine.trajectory import record
-from vdqc.ir.source import Source, load_source
+from vdqc.ir.source import Source
 from vdqc.report.data import report_data
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.json"
-DIGITS = ROOT / "examples" / "digits" / "model.py"
 RECIPES = "rtn,smoothquant,quarot,gptq,svdquant,quantvggt,s2q_vdit,qvdit,quantsparse"
 SCHEMES = "w8a8,w6a6,w4a8,w4a6,w4a4,w3a8,w3a6,w2a8"
-#: Recorded trajectories; each has as many calls as the sampler has steps.
-TRAJECTORIES = 6
 KEY = ("model", "recipe", "scheme", "density", "seed")
 
 
@@ -135,7 +130,7 @@ def measure(
             "ssim": mean(video.ssim for video in found.videos),
             "accuracy": mean(video.accuracy or 0.0 for video in found.videos),
             "accuracy_float": mean(video.accuracy_float or 0.0 for video in found.videos),
-            "relation": round(relation(*found.frames), 6),
+            "relation": relation(*found.frames),
             "effective_bits": round(data.effective_bits or 0.0, 3),
             "bytes": found.bytes_compiled,
             "seconds": seconds,
@@ -149,78 +144,19 @@ def fitting(own: tuple[str, ...], scheme: str) -> list[str]:
     return [f"{scheme}-{suffix}" if suffix else scheme, *own[1:]]
 
 
-def relation(expected: Tensor, actual: Tensor) -> float:
+def relation(expected: Tensor, actual: Tensor) -> float | None:
     """Sum over frames of KL(softmax of cosine similarities to all frames): float || compiled.
 
-    Videos [N, C, F, H, W]. Source: Q-VDiT, arXiv 2505.22167, section 3.3, on pixels.
+    Videos [N, C, F, H, W]; None for images [N, C, H, W]. Source: Q-VDiT, arXiv 2505.22167, section 3.3, on pixels.
     """
+    if expected.ndim == 4:
+        return None
     logs = []
     for video in (expected, actual):
         frames = video.double().transpose(1, 2).flatten(2)
         frames = nn.functional.normalize(frames, dim=-1)
         logs.append((frames @ frames.transpose(1, 2)).log_softmax(-1))
-    return float((logs[0].exp() * (logs[0] - logs[1])).sum((1, 2)).mean())
-
-
-def record_calls(source: Source, folder: Path) -> None:
-    """Keep calls along the model's own trajectories, one video and its unconditional half each."""
-    assert source.generate is not None
-    sample = source.generate.__globals__["sample"]
-    labels = source.generate.__globals__["labels"]
-
-    def generate(model: nn.Module, seed: int) -> Tensor:
-        video: Tensor = sample(model, labels(seed)[:1], seed)
-        return video
-
-    record(source.model, generate, range(100, 100 + TRAJECTORIES), folder)
-
-
-# models -------------------------------------------------------------------------------------------
-
-
-def digits() -> Source:
-    """The default example as it is."""
-    return load_source(DIGITS)
-
-
-def planted() -> Source:
-    """The same function with outlier channels between linears, as large models have them.
-
-    A few channels of what each linear pair shares are made large by the producer and small again
-    by the consumer: value to output projection, through attention, which mixes tokens only.
-    """
-    source = load_source(DIGITS)
-    model: Any = copy.deepcopy(source.model)
-    generator = torch.Generator().manual_seed(0)
-    for block in model.blocks:
-        for attention in (block.attn1, block.attn2):
-            factor = outliers(attention.to_v.weight.shape[0], generator)
-            plant(attention.to_v, attention.to_out[0], factor)
-        norm = block.norm2  # affine: its weight and bias feed the query of cross attention
-        factor = outliers(norm.weight.numel(), generator)
-        norm.weight.data.mul_(factor)
-        norm.bias.data.mul_(factor)
-        block.attn2.to_q.weight.data.div_(factor)
-    return Source(**{**vars(source), "model": model})
-
-
-def outliers(width: int, generator: torch.Generator, share: float = 0.02) -> Tensor:
-    """float[width]: 32 on a random ``share`` of channels, 1 elsewhere: powers of two are exact."""
-    factor = torch.ones(width)
-    chosen = torch.randperm(width, generator=generator)[: max(1, round(share * width))]
-    factor[chosen] = 32.0
-    return factor
-
-
-def plant(producer: nn.Linear, consumer: nn.Linear, factor: Tensor) -> None:
-    """Scale the channels between two linears."""
-    producer.weight.data.mul_(factor[:, None])
-    if producer.bias is not None:
-        producer.bias.data.mul_(factor)
-    consumer.weight.data.div_(factor)
-
-
-SOURCES = {"digits": digits, "planted": planted}
+    return round(float((logs[0].exp() * (logs[0] - logs[1])).sum((1, 2)).mean()), 6)
 
 
 # results ------------------------------------------------------------------------------------------
