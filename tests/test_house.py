@@ -29,7 +29,7 @@ LAYERS = [
     (4, ["vdqc.ir.*", "vdqc.ir"]),
     (6, ["vdqc.passes.*", "vdqc.kernels.*"]),
     (7, ["vdqc.lowering.*"]),
-    (9, ["vdqc", "vdqc.cli", "vdqc.__main__"]),
+    (9, ["vdqc", "vdqc.cli", "vdqc.cli.*", "vdqc.__main__"]),
     (8, ["vdqc.*"]),
 ]
 OPEN_WITHIN = {0, 2, 4, 5, 7, 8, 9}  # files of these layers may import each other, without cycles

@@ -1,0 +1,61 @@
+"""What several commands share: exit codes, the options of a recipe, progress, output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vdqc.base.diagnostics import Diagnostics
+
+OK, FAILED, BAD_INPUT = 0, 1, 2
+
+
+def add_recipe(sub: Any) -> None:
+    """A model and what is to be done with it."""
+    sub.add_argument("model", help="a model.py with model() and samples(), or a diffusers folder")
+    sub.add_argument(
+        "--passes",
+        help="passes in order, as 'rotate,smooth{alpha=0.6},quant' (default: rotate,smooth,quant)",
+    )
+    sub.add_argument(
+        "--recipe", metavar="NAME", help="a named recipe (vdqc recipes) or a .toml file of one"
+    )
+    sub.add_argument(
+        "--scheme",
+        action="append",
+        metavar="[GLOB=]SCHEME",
+        help="w8a8, w4a8-g64, none, ...; repeat with globs of site names, the last match wins "
+        "(default: the recipe's, else w8a8)",
+    )
+    sub.add_argument(
+        "--target", default="auto", help="cpu, sm80 ... sm120, or auto: this machine (default)"
+    )
+    sub.add_argument(
+        "--component", metavar="NAME", help="which model of a diffusers pipeline folder"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
+
+
+def show(options: argparse.Namespace, data: Any, text: str) -> None:
+    """``data`` as JSON if that was asked for, else ``text``."""
+    print(json.dumps(data, indent=2) if options.json else text)
+
+
+def diagnostics_of(options: argparse.Namespace) -> Diagnostics:
+    """Diagnostics that print as they come."""
+    return Diagnostics(stream=sys.stderr, verbose=options.verbose)
+
+
+def progress_of(options: argparse.Namespace) -> Callable[[Any, str], Any]:
+    """Bars with time left on stderr, for work that takes more than a second."""
+    from tqdm import tqdm
+
+    hidden = options.quiet or not sys.stderr.isatty()
+
+    def bar(items: Any, description: str) -> Any:
+        return tqdm(items, desc=description, disable=hidden, leave=False, delay=1)
+
+    return bar
