@@ -147,7 +147,8 @@ def fitting(own: tuple[str, ...], scheme: str) -> list[str]:
 def relation(expected: Tensor, actual: Tensor) -> float | None:
     """Sum over frames of KL(softmax of cosine similarities to all frames): float || compiled.
 
-    Videos [N, C, F, H, W]; None for images [N, C, H, W]. Source: Q-VDiT, arXiv 2505.22167, section 3.3, on pixels.
+    Videos [N, C, F, H, W]; None for images [N, C, H, W].
+    Source: Q-VDiT, arXiv 2505.22167, section 3.3, on pixels.
     """
     if expected.ndim == 4:
         return None
