@@ -14,9 +14,17 @@ then are expressions of the weights, so that they follow learned transforms::
     scale of w = max|w| · sigmoid(@w_clip) / qmax      one clip per scale
     scale of x = sigmoid(@x_clip) of the range         one clip per quantiser
 
+``rounding=learned`` lets ``distill`` choose for every weight which of its two neighbours it takes::
+
+    fake_quantize(s·(floor(w / s) + h(@w_rounding)))   h = clip(1.2·sigmoid - 0.1, 0, 1)
+
+The quantiser behind it decides at once and lets gradients straight through, so that no penalty has
+to drive h to 0 or 1 in the end. It starts as rounding to nearest; ``distill{branch_rate=1e-2}``.
+
 Source: Jacob et al., arXiv 1712.05877, equation 1 (uniform quantisation); Banner et al., arXiv
 1810.05723, section 3 (clipping that minimises the squared error); Shao et al., OmniQuant, arXiv
-2308.13137, equation 2 (learnable clipping); Esser et al., LSQ, arXiv 1902.08153 (learned step).
+2308.13137, equation 2 (learnable clipping); Esser et al., LSQ, arXiv 1902.08153 (learned step);
+Nagel et al., AdaRound, arXiv 2004.10568, equation 23 (h).
 Invariant: peers whose activations have one spec share one quantiser; every code fits its dtype, and
 no weight moves by more than half a step where its range is not clipped.
 Online: one quantisation of each group's input a call (fused with the GEMM's prologue at lowering).
@@ -25,7 +33,7 @@ Online: one quantisation of each group's input a call (fused with the GEMM's pro
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -33,17 +41,20 @@ import torch
 from torch import Tensor, fx
 
 from vdqc.base import numerics
-from vdqc.base.diagnostics import InputError
+from vdqc.base.diagnostics import ConfigError, InputError
 from vdqc.base.packing import packed_bytes
 from vdqc.base.ranges import clipped_range
+from vdqc.base.rounding import per_column
 from vdqc.base.scheme import GranularityKind, QuantScheme, QuantSpec
 from vdqc.engine.calibrate import ActivationStats
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir import learned
+from vdqc.ir.finished import Piece
 from vdqc.ir.graph import Graph, Stage, source_line
 from vdqc.ir.learned import CLIP_START, learned_ratio, parameter_dtype
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.peers import feed, param_name, quantised_groups, wrap_weight
+from vdqc.ir.resume import WeightWork, finish, share
 from vdqc.ir.site import Site, SiteKind, set_note
 
 aten = torch.ops.aten
@@ -76,9 +87,17 @@ class Clip(enum.StrEnum):
 
 
 class Step(enum.StrEnum):
-    """Whether the steps of weights and static activations are learned."""
+    """Which steps have a factor to learn."""
 
     FIXED = "fixed"
+    LEARNED = "learned"
+    INPUT = "input"
+
+
+class Rounding(enum.StrEnum):
+    """How a weight finds its code."""
+
+    NEAREST = "nearest"
     LEARNED = "learned"
 
 
@@ -92,13 +111,16 @@ class Quant(Pass):
             error of a row (or group).
         clip: ``learned`` leaves a clip ratio of each range free, ``weight`` or ``input`` those of
             one side; they start at sigmoid(4) = 0.982, or with ``mse`` where it would clip.
-        step: ``learned`` leaves a factor of each step of weights and static activations free.
+        step: ``learned`` leaves a factor of each step of weights and static activations free,
+            ``input`` of static activations alone.
+        rounding: ``learned`` leaves it free which of two codes a weight gets; scales are fixed.
         select: glob of sites; those it leaves out get the scheme ``none``.
     """
 
     weight_range: WeightRange = WeightRange.ABSMAX
     clip: Clip = Clip.NONE
     step: Step = Step.FIXED
+    rounding: Rounding = Rounding.NEAREST
     select: str = "*"
 
     name: ClassVar[str] = "quant"
@@ -106,11 +128,21 @@ class Quant(Pass):
     to: ClassVar[Stage | None] = Stage.COMPRESSED
     exact: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        moving = self.clip.of_weight or self.step is Step.LEARNED
+        if self.rounding is Rounding.LEARNED and moving:
+            raise ConfigError(
+                "quant.rounding=learned chooses codes on a fixed grid, and clip or step moves it",
+                "leave one of them out; clip=input and step=input go with it",
+            )
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Quantise; facts: per site scheme, weight SQNR in dB, bits a weight, bytes; and totals."""
         keep_others_in_float(graph, self.select)
         groups = quantised_groups(graph)
         stats = input_stats(graph, groups, ctx)
+        if not self.learns_weights:
+            share(graph, self.work(graph, groups), "measure", ctx.progress)
         sites: dict[str, dict[str, Any]] = {}
         for group in ctx.progress(groups, "quantise"):
             if stats is not None:
@@ -130,14 +162,27 @@ class Quant(Pass):
                 f"give it another scheme: {site.name}=<scheme>",
                 site=site.name,
             )
-        clip, step = self.clip.of_weight, self.step is Step.LEARNED
-        if clip or step:
+        if self.learns_weights:
+            clip, step = self.clip.of_weight, self.step is Step.LEARNED
             params = learned_weight_scale(graph, site, spec, self.weight_range, clip, step)
+            facts = weight_facts(graph, site, spec, *params)
         else:
-            params = fixed_weight_scale(graph, site, spec, self.weight_range)
-        facts = weight_facts(graph, site, spec, *params)
+            params, facts = fixed_weight_scale(graph, site, spec, self.weight_range)
+        if self.rounding is Rounding.LEARNED:
+            learn_rounding(graph, site, spec, params[0])
         wrap_weight(graph, site, FAKE_QUANTIZE, *params, str(spec))
         return facts
+
+    @property
+    def learns_weights(self) -> bool:
+        """True if ranges or steps of weights are free."""
+        return self.clip.of_weight or self.step is Step.LEARNED
+
+    def work(self, graph: Graph, groups: Sequence[Sequence[Site]]) -> Iterator[WeightWork]:
+        """What measuring the weights of ``groups`` will ask for."""
+        for site in (site for group in groups for site in group):
+            if (spec := _scheme(site).weight) is not None:
+                yield measuring(graph, site, spec, self.weight_range)
 
     def quantise_inputs(
         self, graph: Graph, group: Sequence[Site], stats: ActivationStats | None, ctx: Context
@@ -164,7 +209,7 @@ class Quant(Pass):
             scale = graph.call(
                 aten.mul.Tensor, scale, dynamic_clip(graph, site, dtype), before=before
             )
-        if self.step is Step.LEARNED:
+        if self.step is not Step.FIXED:
             zero = torch.zeros((), dtype=dtype)
             param = graph.set_param(param_name(site, "input_step"), zero, free=True)
             factor = graph.call(aten.exp.default, param, before=before)
@@ -195,12 +240,28 @@ def input_stats(
 
 def fixed_weight_scale(
     graph: Graph, site: Site, spec: QuantSpec, weight_range: WeightRange
-) -> tuple[fx.Node, fx.Node | None]:
-    """Scale and zero point of the weight of ``site``, as parameters."""
-    scale, zero_point = weight_scale(graph.evaluate(site.weight), spec, weight_range)
-    if _scheme(site).input is not None:  # both operands are codes: keep the sum over groups whole
-        scale = numerics.whole_multiples(scale, spec)
-    return _params(graph, site, "weight", scale, zero_point)
+) -> tuple[tuple[fx.Node, fx.Node | None], dict[str, Any]]:
+    """Scale and zero point of the weight of ``site``, as parameters, and facts about it."""
+    found = finish(graph, measuring(graph, site, spec, weight_range))
+    zero_point = found.tensor("zero_point") if "zero_point" in found.tensors else None
+    params = _params(graph, site, "weight", found.tensor("scale"), zero_point)
+    return params, {"scheme": str(_scheme(site)), **found.facts}
+
+
+def measuring(graph: Graph, site: Site, spec: QuantSpec, weight_range: WeightRange) -> WeightWork:
+    """What finds scale, zero point and facts of the weight of ``site``: one reading of it."""
+    # where both operands are codes, the sum over groups stays whole
+    whole = _scheme(site).input is not None
+
+    def compute() -> Piece:
+        weight = graph.evaluate(site.weight)
+        scale, zero_point = weight_scale(weight, spec, weight_range)
+        if whole:
+            scale = numerics.whole_multiples(scale, spec)
+        tensors = {"scale": scale} | ({} if zero_point is None else {"zero_point": zero_point})
+        return Piece(tensors, measured(weight, scale, zero_point, spec))
+
+    return WeightWork(f"quant {site.name} {spec} {weight_range} {whole}", [site.weight], compute)
 
 
 def learned_weight_scale(
@@ -224,6 +285,30 @@ def learned_weight_scale(
     return learned.weight_scale(
         graph, site.weight, spec, site.node, ratios=ratios, step=factor, whole=whole
     )
+
+
+def learn_rounding(graph: Graph, site: Site, spec: QuantSpec, scale: fx.Node) -> None:
+    """Let a free parameter say which neighbour on the grid each weight of ``site`` takes.
+
+    Raises InputError where the weight follows a free parameter or has no even grid.
+    """
+    if spec.dtype.is_float or spec.planes:
+        raise InputError(
+            f"rounding=learned: the codes of {spec} lie on no even grid",
+            f"give it another scheme: {site.name}=<scheme>",
+            site=site.name,
+        )
+    if learned.is_learned(graph, site.weight):
+        raise InputError(
+            "rounding=learned needs a weight that stays as it is; a transform of it is free",
+            "learn the transform or the rounding, not both",
+            site=site.name,
+        )
+    weight = graph.evaluate(site.weight)
+    step = per_column(graph.evaluate(scale), spec, weight.shape[-1])
+    name = param_name(site, "rounding")
+    value = learned.chosen_neighbour(graph, name, weight, step, site.node)
+    graph.set_operand(site.node, 1, learned.cast(graph, value, weight.dtype, site.node))
 
 
 def clip_start(weight: Tensor, spec: QuantSpec, weight_range: WeightRange) -> tuple[Tensor, Tensor]:
@@ -254,14 +339,19 @@ def weight_facts(
     graph: Graph, site: Site, spec: QuantSpec, scale: fx.Node, zero_point: fx.Node | None
 ) -> dict[str, Any]:
     """Scheme, SQNR, bytes and bits of the weight that ``site`` reads, quantised so."""
-    weight, step = graph.evaluate(site.weight), graph.evaluate(scale)
     zero = None if zero_point is None else graph.evaluate(zero_point)
-    stored = stored_bytes(weight, step, zero, spec)
+    found = measured(graph.evaluate(site.weight), graph.evaluate(scale), zero, spec)
+    return {"scheme": str(_scheme(site)), **found}
+
+
+def measured(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec
+) -> dict[str, Any]:
+    """SQNR, bytes and bits of float[N, K] quantised so."""
+    stored = stored_bytes(weight, scale, zero_point, spec)
+    quantised = numerics.fake_quantize(weight, scale, zero_point, spec)
     return {
-        "scheme": str(_scheme(site)),
-        "sqnr_db": round(
-            numerics.sqnr_db(numerics.fake_quantize(weight, step, zero, spec), weight), 2
-        ),
+        "sqnr_db": round(numerics.sqnr_db(quantised, weight), 2),
         "weights": weight.numel(),
         "bytes": stored,
         "bits_per_weight": round(8 * stored / weight.numel(), 3),

@@ -10,8 +10,13 @@ channel j, the maximum of the weights taken over all peers. Behind ``rotate`` th
 channels (dual smoothing); either order works. ``learn=true`` leaves log s free for ``distill``, and
 the graph computes e^-s and its inverse.
 
+``form=activation`` takes s_j = mean|x_j|^alpha, which protects the weights of salient channels and
+serves weights alone too. ``search=20`` tries alpha = 0, 1/20, ... 19/20 for each group and keeps
+what changes the group's outputs least, both operands quantised as the schemes say.
+
 Source: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4; Feng et al., QuantVGGT, arXiv
-2509.21302, section 3.2 (scale behind a rotation, learned).
+2509.21302, section 3.2 (scale behind a rotation, learned); Lin et al., AWQ, arXiv 2306.00978,
+equations 4 and 5 (mean magnitude, grid of 20).
 Invariant: the function of the graph is unchanged. Scales are positive and finite; a channel that is
 zero on either side keeps scale 1. In half precision they are powers of two, so that multiplying and
 dividing by them rounds nothing (within a factor sqrt(2) of equation 4), unless they are learned.
@@ -21,6 +26,7 @@ above can carry it, and which kernels fuse into the quantiser where none can.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -28,14 +34,28 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from vdqc.base import numerics
 from vdqc.base.diagnostics import ConfigError
+from vdqc.base.scheme import QuantSpec
+from vdqc.engine.calibrate import ActivationStats
 from vdqc.engine.pass_manager import Context, Pass, PassResult
+from vdqc.engine.rows import input_rows
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import cast, parameter_dtype
 from vdqc.ir.peers import feed, param_name, quantised_groups, wrap_weight
 from vdqc.ir.site import Site, note, set_note
 
 aten = torch.ops.aten
+
+#: Rows of a group's input that a search weighs its scales on.
+SEARCH_ROWS = 256
+
+
+class Form(enum.StrEnum):
+    """What a scale is made of."""
+
+    BALANCED = "balanced"
+    ACTIVATION = "activation"
 
 
 @final
@@ -46,11 +66,16 @@ class Smooth(Pass):
     Attributes:
         alpha: share of the spread that moves into the weights: 0 evens out the weights' columns
             alone, 1 the activations' channels alone.
+        form: ``balanced`` by the greatest magnitudes of both sides, ``activation`` by the mean
+            magnitude of the activations, also where these stay in float.
+        search: values of alpha that are tried for each group; 0 takes ``alpha`` for all.
         learn: leave the scales free for ``distill``; they then stay one multiply at run time.
         select: glob of sites.
     """
 
     alpha: float = 0.5
+    form: Form = Form.BALANCED
+    search: int = 0
     learn: bool = False
     select: str = "*"
 
@@ -61,33 +86,75 @@ class Smooth(Pass):
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise ConfigError(f"smooth.alpha: expected 0 ... 1, got {self.alpha:g}")
+        if self.search < 0:
+            raise ConfigError(f"smooth.search: expected 0 or more, got {self.search}")
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
-        """Smooth; facts: per group, how far its channels were apart before and after."""
+        """Smooth; facts: per group how far its channels were apart before and after, and alpha."""
         spread: dict[str, list[float]] = {}
-        groups = [g for g in quantised_groups(graph, self.select) if matches(g, ctx)]
+        alphas: dict[str, float] = {}
+        groups = [
+            g for g in quantised_groups(graph, self.select) if matches(g, ctx, form=self.form)
+        ]
         # all statistics are of the graph as it enters: scaling one group leaves the others' inputs
         stats = ctx.stats(graph) if groups else None
+        rows: dict[str, Tensor] = {}
+        if groups and (self.search or self.form is Form.ACTIVATION):
+            rows = input_rows(
+                graph, ctx.samples, groups, SEARCH_ROWS, seed=ctx.seed, progress=ctx.progress
+            )
         for group in ctx.progress(groups, "smooth"):
             assert stats is not None
-            absmax = stats.absmax(group)
-            scale = smoothing_scale(absmax, _weight_absmax(graph, group), self.alpha)
+            name, absmax = group[0].name, stats.absmax(group)
+            scale, alphas[name] = self.scale(graph, group, stats, rows)
             if self.learn:
                 rewrite_learned(graph, group, scale)
             else:
                 scale = representable(scale, group[0].weight.meta["val"].dtype)
                 rewrite(graph, group, scale)
-            spread[group[0].name] = [_spread(absmax), _spread(absmax / scale.cpu())]
-        return PassResult(len(spread), {"spread": spread})
+            spread[name] = [_spread(absmax), _spread(absmax / scale.cpu())]
+        return PassResult(len(spread), {"spread": spread, "alpha": alphas})
+
+    def scale(
+        self, graph: Graph, group: Sequence[Site], stats: ActivationStats, rows: dict[str, Tensor]
+    ) -> tuple[Tensor, float]:
+        """s[K] of ``group`` and the alpha that it was made with."""
+        name = group[0].name
+        if self.form is Form.ACTIVATION:
+            activation = rows[name].abs().mean(0)
+            weight = torch.ones_like(activation)
+        else:
+            activation, weight = stats.absmax(group), _weight_absmax(graph, group)
+
+        def at(alpha: float) -> Tensor:
+            scale = smoothing_scale(activation, weight, alpha)
+            return centred(scale) if self.form is Form.ACTIVATION else scale
+
+        if not self.search:
+            return at(self.alpha), self.alpha
+        alphas = [step / self.search for step in range(self.search)]
+        operands = [
+            (graph.evaluate(site.weight).detach().to(rows[name]), *specs(site)) for site in group
+        ]
+        dtype = group[0].weight.meta["val"].dtype
+        errors = [
+            sum(
+                smoothed_error(rows[name], weight, representable(at(alpha), dtype), *both)
+                for weight, *both in operands
+            )
+            for alpha in alphas
+        ]
+        best = min(range(len(alphas)), key=errors.__getitem__)
+        return at(alphas[best]), alphas[best]
 
 
-def matches(group: Sequence[Site], ctx: Context) -> bool:
-    """True if ``group`` reads one quantised activation that was not smoothed before."""
+def matches(group: Sequence[Site], ctx: Context, *, form: Form = Form.BALANCED) -> bool:
+    """True if ``group`` was not smoothed before and reads what ``form`` needs quantised."""
     name = group[0].name
     if any("smoothed" in note(site.node) for site in group):
         ctx.diagnostics.remark(name, "already-smoothed", "its input is smoothed already")
         return False
-    if all(site.scheme is None or site.scheme.input is None for site in group):
+    if form is Form.BALANCED and all(specs(site)[1] is None for site in group):
         ctx.diagnostics.remark(name, "not-smoothed", "its activations stay in float")
         return False
     return True
@@ -103,6 +170,34 @@ def smoothing_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     usable = (a > 0) & (w > 0) & scale.isfinite() & (scale > 0)
     # a channel that hardly ever fires would ask for a factor that overflows elsewhere
     return torch.where(usable, scale, 1.0).clamp(2.0**-14, 2.0**14)
+
+
+def centred(scale: Tensor) -> Tensor:
+    """``scale`` over the geometric mean of its ends, so that weights keep their magnitude."""
+    return scale / (scale.amax() * scale.amin()).sqrt()
+
+
+def smoothed_error(
+    rows: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    weight_spec: QuantSpec | None,
+    input_spec: QuantSpec | None,
+) -> float:
+    """Squared error of x·Wᵀ relative to it, both sides scaled and then quantised.
+
+    ``rows`` float[R, K], ``weight`` float[N, K], ``scale`` float[K]; a static input is quantised
+    with the range of the rows.
+    """
+    scale = scale.to(rows)
+    inputs, scaled = rows / scale, weight * scale
+    if input_spec is not None:
+        inputs = _nearest(inputs, input_spec)
+    if weight_spec is not None:
+        scaled = _nearest(scaled, weight_spec)
+    expected = rows @ weight.T
+    size = float(expected.square().sum())
+    return float((inputs @ scaled.T - expected).square().sum()) / size if size > 0 else 0.0
 
 
 def representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,6 +236,16 @@ def rewrite_learned(graph: Graph, group: Sequence[Site], scale: Tensor) -> None:
         product = wrap_weight(graph, site, aten.mul.Tensor, factor)
         graph.set_operand(site.node, 1, cast(graph, product, dtype, site.node))
         set_note(site.node, smoothed=True)
+
+
+def specs(site: Site) -> tuple[QuantSpec | None, QuantSpec | None]:
+    """How weight and input of ``site`` will be quantised."""
+    return (None, None) if site.scheme is None else (site.scheme.weight, site.scheme.input)
+
+
+def _nearest(value: Tensor, spec: QuantSpec) -> Tensor:
+    params = numerics.scale_from_range(*numerics.value_range(value, spec), spec)
+    return numerics.fake_quantize(value, *params, spec)
 
 
 def _weight_absmax(graph: Graph, group: Sequence[Site]) -> Tensor:

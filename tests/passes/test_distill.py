@@ -65,6 +65,16 @@ def test_training_brings_blocks_closer_and_settles(captured: tuple[Graph, list[S
     assert [node.target for node in graph.nodes] == [node.target for node in untrained.nodes]
 
 
+def test_rounding_is_learned(captured: tuple[Graph, list[Sample]]) -> None:
+    _, before, _ = compiled(captured, "quant{rounding=learned}")
+    graph, records, _ = compiled(
+        captured, f"quant{{rounding=learned}},distill{{{QUICK},branch_rate=0.1}},fold"
+    )
+    assert all(e["best"] < e["start"] for e in records[1].facts["blocks"].values())
+    assert records[-1].sqnr_db > before[-1].sqnr_db + 0.2
+    assert not [name for name in graph.param_names() if name.endswith("rounding")]
+
+
 @pytest.mark.parametrize("options", ["inputs=quantised", "mode=model", "batch=2"])
 def test_other_ways_to_train(captured: tuple[Graph, list[Sample]], options: str) -> None:
     _, before, _ = compiled(captured, LEARNED)

@@ -5,13 +5,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vdqc.base import numerics
-from vdqc.base.diagnostics import InputError
+from vdqc.base.diagnostics import ConfigError, InputError
 from vdqc.base.scheme import QuantSpec
 from vdqc.engine.pass_manager import Context
 from vdqc.engine.recipe import parse_passes
 from vdqc.ir.graph import Stage
 from vdqc.ir.site import set_note
-from vdqc.passes.quant import Clip, Quant, Step, WeightRange, weight_scale
+from vdqc.passes.quant import Clip, Quant, Rounding, Step, WeightRange, weight_scale
 from vdqc.passes.table import PASSES
 from vdqc.testing.harness import (
     annotated,
@@ -257,3 +257,46 @@ def test_weights_are_shared_and_unchanged() -> None:
 def test_options_round_trip_as_text() -> None:
     for text in ("quant", "quant{weight_range=mse}", "quant{clip=learned,step=learned}"):
         assert str(parse_passes(text, PASSES)[0]) == text
+
+
+@settings(max_examples=10)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["w4a8", "w3a8-g8", "w2a8-asym", "w4a8-g4-asym"]),
+    st.sampled_from(list(WeightRange)),
+)
+def test_a_learned_rounding_starts_at_nearest_and_stays_between_neighbours(
+    seed: int, scheme: str, weight_range: WeightRange
+) -> None:
+    torch.manual_seed(seed)
+    model, x = nn.Sequential(nn.Linear(16, 6)).double(), torch.randn(3, 16).double()
+    plain = annotated(model, x, scheme=scheme)
+    run(plain, Quant(weight_range), ctx=context(x, model=model))
+    graph = annotated(model, x, scheme=scheme)
+    run(graph, Quant(weight_range, rounding=Rounding.LEARNED), ctx=context(x, model=model))
+    assert graph.free == {"0.rounding"}
+    nearest = plain.evaluate(plain.site("0").weight)
+    torch.testing.assert_close(graph.evaluate(graph.site("0").weight).detach(), nearest)
+    with torch.no_grad():
+        graph.param("0.rounding").add_(torch.randn(6, 16).double() * 4)
+    moved = graph.evaluate(graph.site("0").weight).detach()
+    step = plain.param("0.weight_scale").repeat_interleave(
+        16 // plain.param("0.weight_scale").shape[-1], -1
+    )
+    difference = (moved - nearest) / step
+    assert bool((difference.abs() < 1 + 1e-6).all())  # one code away at most
+    assert bool(((difference.round() - difference).abs() < 1e-6).all())
+    assert int((difference.abs() > 0.5).sum()) > 0
+
+
+def test_a_learned_rounding_needs_a_grid_that_stays() -> None:
+    with pytest.raises(ConfigError, match="rounding=learned chooses codes on a fixed grid"):
+        Quant(clip=Clip.WEIGHT, rounding=Rounding.LEARNED)
+    model, x = Peers(), torch.randn(3, 16)
+    graph = annotated(model, x, scheme="w4a8")
+    passes = parse_passes("smooth{learn=true},quant{rounding=learned}", PASSES)
+    with pytest.raises(InputError, match="a transform of it is free"):
+        run(graph, *passes, ctx=context(x, model=model))
+    graph = annotated(model, x, scheme="w2+1a8")
+    with pytest.raises(InputError, match="lie on no even grid"):
+        run(graph, Quant(rounding=Rounding.LEARNED), ctx=context(x, model=model))

@@ -5,10 +5,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vdqc.base.diagnostics import ConfigError
+from vdqc.engine.pass_manager import Pass
 from vdqc.engine.recipe import parse_passes
 from vdqc.ir.site import set_note
+from vdqc.passes.quant import Quant
 from vdqc.passes.rotate import Rotate
-from vdqc.passes.smooth import Smooth, representable, smoothing_scale
+from vdqc.passes.smooth import Form, Smooth, representable, smoothing_scale
 from vdqc.passes.table import PASSES
 from vdqc.testing.harness import (
     annotated,
@@ -204,3 +206,44 @@ def test_options() -> None:
     assert str(parse_passes("smooth{alpha=0.6}", PASSES)[0]) == "smooth{alpha=0.6}"
     with pytest.raises(ConfigError, match=r"smooth.alpha: expected 0 \.\.\. 1, got 2"):
         parse_passes("smooth{alpha=2}", PASSES)
+
+
+def test_the_activation_form_takes_mean_magnitudes() -> None:
+    model, x = Peers(), torch.randn(7, 16)
+    graph = annotated(model, x, scheme="w4a16")
+    run(graph, Smooth(alpha=0.25, form=Form.ACTIVATION), ctx=context(x, model=model))
+    mean = torch.relu(x).abs().mean(0)
+    expected = torch.where(mean > 0, mean**0.25, 1.0)
+    expected = expected / (expected.amax() * expected.amin()).sqrt()
+    torch.testing.assert_close(graph.param("left.smooth"), expected)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["w3a16", "w4a16-g8", "w4a8", "w4a4-asym"]),
+    st.sampled_from(list(Form)),
+)
+def test_a_searched_scale_loses_no_more_than_none(seed: int, scheme: str, form: Form) -> None:
+    # the rows that the search weighs are all there are, so its choice holds for them exactly
+    torch.manual_seed(seed)
+    model, x = nn.Sequential(nn.Linear(16, 12, bias=False)), torch.randn(20, 16)
+    x[:, seed % 16] *= 30
+    expected = model(x).detach()
+
+    def error(*passes: Pass) -> float:
+        graph = annotated(model, x, scheme=scheme)
+        run(graph, *passes, Quant(), ctx=context(x, model=model, scheme=scheme))
+        return float((graph.run(x)[0] - expected).square().sum() / expected.square().sum())
+
+    searched = error(Smooth(form=form, search=20))
+    # alpha 0 of the activation form is no smoothing at all; of the balanced one it is a candidate
+    assert searched <= error(Smooth(alpha=0.0, form=form)) * (1 + 1e-4)
+    assert searched <= error(Smooth(alpha=0.5, form=form)) * (1 + 1e-4)
+    if form is Form.ACTIVATION:
+        assert searched <= error() * (1 + 1e-4)
+
+
+def test_a_search_of_no_points_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"smooth\.search: expected 0 or more, got -1"):
+        Smooth(search=-1)

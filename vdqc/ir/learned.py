@@ -10,6 +10,7 @@ parameter           value                                        at its start
 ``.*_clip``         ratio = sigmoid(p), in (0, 1)                4.0: ratio 0.982
 ``.*_step``         step = exp(p) times the one of the range     0.0
 ``.rotation_*``     see ``learned_factor``                       0: the start matrix itself
+``.rounding``       see ``chosen_neighbour``                     the weight itself
 =================== ============================================ ==========================
 
 Rounding inside an expression lets gradients straight through, and its values are whole numbers
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, fx
 
 from vdqc.base.numerics import MIN_SCALE
+from vdqc.base.rounding import STRETCH, rounding_logits
 from vdqc.base.scheme import GranularityKind, QuantSpec
 from vdqc.ir.graph import Graph
 from vdqc.ir.ops import CAYLEY
@@ -49,6 +51,13 @@ def frozen(graph: Graph) -> Graph:
     for name in sorted(twin.free):
         twin.set_param(name, twin.param(name).detach().clone())
     return twin
+
+
+def is_learned(graph: Graph, node: fx.Node) -> bool:
+    """True if the constant expression ``node`` reads a free parameter."""
+    if node.op == "get_attr":
+        return node.target in graph.free
+    return any(is_learned(graph, operand) for operand in node.all_input_nodes)
 
 
 def cast(graph: Graph, node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
@@ -76,6 +85,30 @@ def learned_ratio(graph: Graph, name: str, start: Tensor, before: fx.Node) -> fx
     """sigmoid of a free parameter that starts at ``start``: a clip ratio."""
     param = graph.set_param(name, start, free=True)
     return graph.call(aten.sigmoid.default, param, before=before)
+
+
+def chosen_neighbour(
+    graph: Graph, name: str, weight: Tensor, step: Tensor, before: fx.Node
+) -> fx.Node:
+    """s·(floor(W / s) + h(V)) with free V, for float[N, K] ``weight`` and ``step``.
+
+    A quantiser behind it rounds h to 0 or 1. Two constants of the weight's size stand in for it.
+    """
+    dtype = parameter_dtype(weight.dtype)
+    step = step.to(dtype)
+    down = (weight.to(dtype) / step).floor()
+    base = graph.set_param(f"{name}_floor", down * step)
+    same = bool((step == step[:, :1]).all())  # one column where all columns share their step
+    grid = graph.set_param(f"{name}_step", (step[:, :1] if same else step).contiguous())
+    start = rounding_logits(weight.to(dtype) / step - down)
+
+    def call(op: Any, *args: Any) -> fx.Node:
+        return graph.call(op, *args, before=before)
+
+    share = call(aten.sigmoid.default, graph.set_param(name, start, free=True))
+    share = call(aten.sub.Tensor, call(aten.mul.Tensor, share, 1 + 2 * STRETCH), STRETCH)
+    up = call(aten.mul.Tensor, call(aten.clamp.default, share, 0, 1), grid)
+    return call(aten.add.Tensor, base, up)
 
 
 def learned_factor(graph: Graph, name: str, start: Tensor, affine: bool, before: fx.Node) -> Any:
