@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                                   # the whole table, resumes
     python benchmarks/quality.py --recipes rtn,quarot --schemes w4a8,w4a6 --seeds 0
+    python benchmarks/quality.py --recipes sparsity --schemes w4a8 --densities 0.5,0.25
     python benchmarks/quality.py --table                           # print what is there
 
 One row per model, recipe, scheme, density and seed, written to ``results/quality.json`` as soon as
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from quality_models import SOURCES, record_calls
+from quality_sparsity import VARIANTS, facts, is_sparse, passes
 from torch import Tensor, nn
 
 from vdqc.base.diagnostics import VdqcError
@@ -53,11 +55,11 @@ def main() -> int:
     if not options.table:
         for model in options.models.split(","):
             with tempfile.TemporaryDirectory() as folder:
-                source = SOURCES[model]()
-                record_calls(source, Path(folder))
+                source, pool = SOURCES[model](), Path(folder) / "pool"
+                record_calls(source, pool)
                 for job in jobs(options, model, rows):
                     print(" ".join(str(job[key]) for key in KEY), end=" ", flush=True)
-                    row = measure(source, job, Path(folder), options)
+                    row = measure(source, job, pool, options)
                     rows = [old for old in rows if key_of(old) != key_of(row)] + [row]
                     write(rows)
                     shown = ("error",) if "error" in row else ("sqnr_db", "psnr_db", "accuracy")
@@ -71,8 +73,13 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="digits,planted")
-    parser.add_argument("--recipes", default=RECIPES, help="names, or .toml files")
+    parser.add_argument(
+        "--recipes",
+        default=RECIPES,
+        help="names, .toml files, variants of 'sparsity', or all these",
+    )
     parser.add_argument("--schemes", default=SCHEMES)
+    parser.add_argument("--densities", default="0.5,0.25", help="of the variants of 'sparsity'")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--videos", type=int, default=1, help="generations of eight videos each")
     parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
@@ -85,13 +92,19 @@ def jobs(
 ) -> Iterator[dict[str, Any]]:
     """What is to be measured of ``model``."""
     there = {key_of(row) for row in rows if "error" not in row}
+    recipes = options.recipes.replace("sparsity", ",".join(VARIANTS)).split(",")
+    densities = [float(text) for text in options.densities.split(",")]
     for seed in map(int, options.seeds.split(",")):
         for scheme in options.schemes.split(","):
-            for recipe in options.recipes.split(","):
-                job = {"model": model, "recipe": Path(recipe).stem, "scheme": scheme}
-                job |= {"density": 1.0, "seed": seed, "file": recipe}
-                if options.again or key_of(job) not in there:
-                    yield job
+            for recipe in recipes:
+                quantised = not recipe.startswith("sparse")  # the others are measured once
+                if not quantised and scheme != options.schemes.split(",")[0]:
+                    continue
+                for density in densities if is_sparse(recipe) else [1.0]:
+                    job = {"model": model, "recipe": Path(recipe).stem, "density": density}
+                    job |= {"scheme": scheme if quantised else "none", "seed": seed, "file": recipe}
+                    if options.again or key_of(job) not in there:
+                        yield job
 
 
 def measure(
@@ -102,12 +115,12 @@ def measure(
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            recipe = named(job["file"])
+            pass_list, rules = plan(job, pool)
             artifact = compile_model(
                 source.model,
                 source.samples,
-                recipe.pass_list,
-                fitting(recipe.scheme, job["scheme"]),
+                pass_list,
+                rules,
                 pool=pool,
                 target="cpu",
                 out=Path(folder) / "out",
@@ -134,8 +147,19 @@ def measure(
             "effective_bits": round(data.effective_bits or 0.0, 3),
             "bytes": found.bytes_compiled,
             "seconds": seconds,
+            **facts(artifact),
             "steps": [round(step.sqnr_db, 2) for step in found.steps],
         }
+
+
+def plan(job: dict[str, Any], pool: Path) -> tuple[str, list[str]]:
+    """Passes and rules of a job."""
+    if job["file"] in VARIANTS:
+        checkpoints = pool.parent / "checkpoints"
+        text = passes(job["file"], job["density"], checkpoints, job["scheme"], job["seed"])
+        return text, [job["scheme"]]
+    recipe = named(job["file"])
+    return recipe.pass_list, fitting(recipe.scheme, job["scheme"])
 
 
 def fitting(own: tuple[str, ...], scheme: str) -> list[str]:
@@ -192,12 +216,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         if "sqnr_db" in row:
-            by_scheme = found.setdefault((row["model"], row["recipe"]), {})
+            share = "" if row["density"] == 1 else f" {row['density']:g}"
+            by_scheme = found.setdefault((row["model"], row["recipe"] + share), {})
             by_scheme.setdefault(row["scheme"], []).append(row["sqnr_db"])
-    schemes = [s for s in SCHEMES.split(",") if any(s in cells for cells in found.values())]
-    lines = [f"{'step-locked SQNR, dB':24}" + "".join(f"{scheme:>14}" for scheme in schemes)]
+    schemes = [
+        s for s in ["none", *SCHEMES.split(",")] if any(s in cells for cells in found.values())
+    ]
+    lines = [f"{'step-locked SQNR, dB':34}" + "".join(f"{scheme:>14}" for scheme in schemes)]
     for (model, recipe), cells in found.items():
-        line = f"{model + ' ' + recipe:24}"
+        line = f"{model + ' ' + recipe:34}"
         for scheme in schemes:
             values = cells.get(scheme, [])
             half = (max(values) - min(values)) / 2 if values else 0.0
