@@ -201,6 +201,8 @@ def one_recipe(recipe: NamedRecipe) -> str:
     lines = [f"{recipe.name}  ({', '.join(recipe.scheme)})", "", recipe.about]
     if recipe.source:
         lines.append(f"Source: {recipe.source}")
+    if recipe.claims:
+        lines.append(f"The paper reports: {recipe.claims}")
     lines += ["", "passes", *(f"  {item}" for item in recipe.passes)]
     if recipe.departures:
         lines += ["", "departures", *(f"  {item}" for item in recipe.departures)]

@@ -4,6 +4,7 @@
 
     about = "..."                       # one sentence
     source = "..."                      # paper, or nothing
+    claims = "..."                      # what the paper reports, in its own terms
     scheme = ["w4a6"]                   # as --scheme takes them; later ones win
     passes = ["select{method=salient}", "smooth{learn=true}", ...]
     departures = ["..."]                # where it is not what the paper says, and why
@@ -24,7 +25,7 @@ from vdqc.base.diagnostics import ConfigError, nearest
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 SUFFIX = ".toml"
-_TEXTS = ("about", "source")
+_TEXTS = ("about", "source", "claims")
 _LISTS = ("scheme", "passes", "departures")
 
 
@@ -38,6 +39,7 @@ class NamedRecipe:
     scheme: tuple[str, ...] = ("w8a8",)
     about: str = ""
     source: str = ""
+    claims: str = ""
     departures: tuple[str, ...] = ()
 
     @property
@@ -103,6 +105,7 @@ def parse(name: str, found: Mapping[str, Any]) -> NamedRecipe:
         tuple(found.get("scheme") or NamedRecipe.scheme),
         found.get("about", ""),
         found.get("source", ""),
+        found.get("claims", ""),
         tuple(found.get("departures", ())),
     )
 

@@ -156,8 +156,12 @@ class Signature:
             for axis, (size, found) in enumerate(zip(sizes, actual, strict=True)):
                 wanted = size if isinstance(size, int) else evaluate(size, symbols)
                 if wanted != found:
+                    fixed = isinstance(size, int)
+                    advice = "to free it, compile with a second sample in which it differs"
                     raise InputError(
-                        f"axis {axis} of '{entry.path}' must be {size} = {wanted}, got {found}"
+                        f"axis {axis} of '{entry.path}' must be {'' if fixed else f'{size} = '}"
+                        f"{wanted}, got {found}",
+                        *([advice] if fixed else []),
                     )
         for symbol, (low, high) in self.ranges.items():
             count = symbols.get(symbol)
