@@ -8,7 +8,8 @@ from typing import final
 
 from torch import fx
 
-from vdqc.base.scheme import QuantSpec
+from vdqc.base.numerics import has_whole_multiples
+from vdqc.base.scheme import QuantScheme, QuantSpec
 from vdqc.base.target import Target
 from vdqc.ir.graph import Graph
 from vdqc.ir.ops import FAKE_QUANTIZE
@@ -16,7 +17,7 @@ from vdqc.ir.site import Site, SiteKind
 from vdqc.kernels.attention import torch_attention_cost
 from vdqc.kernels.base import FLOAT_FORMAT, Cost, Kernel, LinearProblem, Problem
 from vdqc.kernels.packed_linear import PACKED_LINEAR
-from vdqc.kernels.sparse_attention import SPARSE_ATTENTION
+from vdqc.kernels.sparse_attention import SPARSE_ATTENTION, SPARSE_ATTENTION_INT8
 from vdqc.lowering.rules import (
     ATTENTION_KERNELS,
     LINEAR_KERNELS,
@@ -66,7 +67,7 @@ def choose_site(graph: Graph, site: Site, target: Target, *, planned: bool = Fal
     if site.kind is SiteKind.LINEAR:
         problem = linear_site(graph, site).problem
         if planned and site.scheme is not None:
-            problem = replace(problem, weight=site.scheme.weight, input=site.scheme.input)
+            problem = _planned(problem, site.scheme)
         return _linear(site.name, problem, target)
     if is_sparse(site.node):
         return _sparse(graph, site, target)
@@ -76,6 +77,13 @@ def choose_site(graph: Graph, site: Site, target: Target, *, planned: bool = Fal
     if quantised:
         return KernelChoice(site.name, "aten", f"no kernel for {site.kind}", 0.0, fallback=True)
     return KernelChoice(site.name, "aten", "the site is in float", 0.0)
+
+
+def _planned(problem: LinearProblem, scheme: QuantScheme) -> LinearProblem:
+    """``problem`` once ``quant`` has run: group scales of narrow codes become whole multiples."""
+    spec = scheme.weight
+    whole = spec is not None and scheme.input is not None and has_whole_multiples(spec)
+    return replace(problem, weight=spec, input=scheme.input, integer_groups=whole)
 
 
 def _linear(name: str, problem: LinearProblem, target: Target) -> KernelChoice:
@@ -125,11 +133,14 @@ def _sparse(graph: Graph, site: Site, target: Target) -> KernelChoice:
     why = f"{site.node.args[6]}: {problem.density:.3f} of {shape}"
     if len(site.node.args) > 8:
         why += f"; {site.node.args[8]}"
-    reason = SPARSE_ATTENTION.supports(problem, target)
+    plain = replace(problem, int8=False)
+    reason = SPARSE_ATTENTION.supports(plain, target)
     if reason is not None:
         return KernelChoice(site.name, "aten", f"{why}; {reason}", dense, fallback=True)
-    time = SPARSE_ATTENTION.cost(problem).us(target)
-    return KernelChoice(site.name, SPARSE_ATTENTION.name, why, time, f"dense at {dense:.0f} us")
+    time, kernel = SPARSE_ATTENTION.cost(plain).us(target), SPARSE_ATTENTION
+    if problem.int8 and target.device == "cuda":  # a CPU multiplies the codes' values instead
+        time, kernel = SPARSE_ATTENTION_INT8.cost(problem).us(target), SPARSE_ATTENTION_INT8
+    return KernelChoice(site.name, kernel.name, why, time, f"dense at {dense:.0f} us")
 
 
 def _rank(

@@ -26,23 +26,34 @@ from vdqc.base.sparsity import MaskPolicy
 from vdqc.base.target import Target
 from vdqc.base.video_mask import density
 from vdqc.ir.graph import Graph
+from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import set_note
 from vdqc.ir.sparse_ops import REPARAMETERIZED_ATTENTION, SPARSE_ATTENTION
 from vdqc.kernels import sparse_attention as kernel
 from vdqc.kernels.attention import ATTENTION, torch_attention_cost
 from vdqc.kernels.base import AttentionProblem
 from vdqc.kernels.compare import COMPARE
+from vdqc.kernels.quantize_rows import QUANTIZE_ROWS
 from vdqc.kernels.token_order import TOKEN_ORDER
 from vdqc.kernels.video_mask import DENSE_MASK, VIDEO_MASK
 from vdqc.lowering.rules import hint
 
 _aten = torch.ops.aten
+_SCORES = (None, None, "int8/token/dynamic")
 SPARSE_TARGETS = (SPARSE_ATTENTION, REPARAMETERIZED_ATTENTION)
 
 
 def is_sparse(node: fx.Node) -> bool:
     """True if ``node`` is an attention that ``sparsify`` made."""
     return node.target in SPARSE_TARGETS
+
+
+def has_integer_scores(node: fx.Node) -> bool:
+    """True if queries and keys of a sparse attention are codes of 8 bits, one scale a token."""
+    return all(
+        isinstance(x, fx.Node) and x.target is FAKE_QUANTIZE and x.args[1:] == _SCORES
+        for x in node.args[:2]
+    )
 
 
 def sparse_problem(graph: Graph, node: fx.Node) -> kernel.SparseAttentionProblem:
@@ -62,6 +73,7 @@ def sparse_problem(graph: Graph, node: fx.Node) -> kernel.SparseAttentionProblem
         density(layout_hint(node), str(policy), classes),
         policy.block,
         policy.block,
+        int8=has_integer_scores(node),
     )
 
 
@@ -85,21 +97,33 @@ def emit_sparse(graph: Graph, node: fx.Node, chosen: str, target: Target) -> Non
 
     query, key, value, heads, dense, layout, text, scale = node.args[:8]
     policy = MaskPolicy.parse(str(text))
+    integer = chosen == kernel.SPARSE_ATTENTION_INT8.name
+    if integer:  # codes are made where tokens have their places
+        query, key = (x.args[0] for x in (query, key))  # type: ignore[union-attr]
     made = call(VIDEO_MASK.op, query, key, value, heads, dense, layout, text, scale)
     order, place, index, *mask = (call(operator.getitem, made, i) for i in range(6))
     operands = [query, key, value]
     if policy.reorders:
         operands = [call(TOKEN_ORDER.op, x, order, index, None, None) for x in operands]
     block = policy.block
-    if chosen == kernel.SPARSE_ATTENTION.name:
-        extra = (None, None, None)
+    extra = (None, None, None)
+    if integer:
+        codes: list[fx.Node] = []
+        for x in operands[:2]:
+            both = call(QUANTIZE_ROWS.op, x, 127, False)
+            codes += (call(operator.getitem, both, i) for i in range(2))
+        sparse = call(
+            kernel.SPARSE_ATTENTION_INT8.op,
+            *codes, operands[2], *mask, scale, block, block, *extra,
+        )  # fmt: skip
+    elif chosen == kernel.SPARSE_ATTENTION.name:
         op = kernel.SPARSE_ATTENTION.op
         sparse = call(op, *operands, *mask, scale, block, block, *extra)
     else:
         written = call(DENSE_MASK.op, *mask, block, query)
         attend = _aten.scaled_dot_product_attention.default
         sparse = call(attend, *operands, written, scale=scale)
-    if policy.reorders or chosen != kernel.SPARSE_ATTENTION.name:
+    if policy.reorders or chosen == "aten":
         back = place if policy.reorders else order
         sparse = call(TOKEN_ORDER.op, sparse, back, index, None, None)
     result = sparse

@@ -13,12 +13,17 @@ order that makes blocks of a head's pattern is part of the op, and undone in it.
 levels from half to four times of it. Cross-attention, masked attention, and what has no frames
 stay dense, and say so; text tokens see and are seen by everything.
 
+``scores=int8`` computes q·kᵀ from codes of 8 bits, one scale a token; on a GPU the integer kernel
+does. The mean of the keys is subtracted first: softmax does not see it, and channels that are large
+in all keys do not widen their scales. It loses precision, so it goes behind ``quant``.
+
 ``dense`` is a glob of sites that stay dense, ``dense_steps`` the share of steps, from the noisy
 end, in which everything attends to everything: the samples say which timesteps those are.
 
 Source: Xi et al., Sparse VideoGen, arXiv 2502.01776, sections 4.1 and 4.2 (heads), 5.1 (dense
 steps); Zhang et al., Sliding Tile Attention, arXiv 2502.04507; Zhang et al., Jenga, arXiv
-2505.16864 (mass); Li et al., Radial Attention, arXiv 2506.19852. Budgets over heads: ours.
+2505.16864 (mass); Li et al., Radial Attention, arXiv 2506.19852; Zhang et al., SageAttention,
+arXiv 2410.02367, section 4.2 (int8 scores, smoothed keys). Budgets over heads: ours.
 Invariant: at density 1 the function of the graph is unchanged. No density is ever exceeded.
 Online: the gathers that reorder tokens; for ``heads=online`` 64 queries of dense attention, for
 ``topk`` and ``mass`` the means of blocks.
@@ -43,6 +48,7 @@ from vdqc.base.sparsity import MASKS, MaskPolicy
 from vdqc.engine.frames import sizes_of
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.signature import evaluate
 from vdqc.ir.site import Site, SiteKind, note
 from vdqc.ir.size_nodes import SizeNodes, timestep_input
@@ -52,6 +58,7 @@ aten = torch.ops.aten
 _DENSE = aten.scaled_dot_product_attention.default
 #: Levels of a calibrated budget, as multiples of the density.
 LEVELS = (0.5, 1.0, 2.0, 4.0)
+_SCORES = "int8/token/dynamic"
 _LAYOUT = ("frames", "tokens_per_frame", "text", "text_first", "frame_width")
 
 
@@ -69,6 +76,13 @@ class Budget(enum.StrEnum):
     CALIBRATED = "calibrated"
 
 
+class Scores(enum.StrEnum):
+    """What the products of queries and keys are computed from."""
+
+    FLOAT = "float"
+    INT8 = "int8"
+
+
 @final
 @dataclass(frozen=True)
 class Sparsify(Pass):
@@ -82,6 +96,7 @@ class Sparsify(Pass):
         block: tokens of a block: 64 or 128 where a GPU is to run it.
         sinks: leading frames that every query attends to (SVG uses 1 where text is not joined in).
         mass: probability that ``mass`` reaches, 0.6 if not given.
+        scores: ``float``, or ``int8`` from codes of queries and keys.
         dense: glob of sites that stay dense.
         dense_steps: share of steps that stay dense, from the noisy end.
         select: glob of sites.
@@ -94,6 +109,7 @@ class Sparsify(Pass):
     block: int = 128
     sinks: int = 0
     mass: float = 0.0
+    scores: Scores = Scores.FLOAT
     dense: str = ""
     dense_steps: float = 0.0
     select: str = "*"
@@ -118,10 +134,17 @@ class Sparsify(Pass):
     def planned(self) -> Sparsify:
         """This pass without what it needs samples for, to explain what it would do."""
         return Sparsify(self.policy, self.density, Heads.ONLINE, Budget.UNIFORM, self.block,
-                        self.sinks, self.mass, self.dense, 0.0, self.select)  # fmt: skip
+                        self.sinks, self.mass, self.scores, self.dense, 0.0,
+                        self.select)  # fmt: skip
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Rewrite; facts: policy, masks and density of every site, and of the whole run."""
+        if self.scores is Scores.INT8 and graph.stage is Stage.ANNOTATED:
+            raise InputError(
+                "sparsify{scores=int8} loses precision, which nothing may before 'quant'",
+                "put sparsify behind quant",
+                code="pass-order",
+            )
         sites = [s for s in graph.sites(self.select, SiteKind.ATTENTION) if self._matches(s, ctx)]
         if not sites:
             ctx.diagnostics.warning(
@@ -133,6 +156,8 @@ class Sparsify(Pass):
         plans = self._plans(graph, sites, examples, ctx)
         sizes, dense = SizeNodes(graph), self._dense_flag(graph, ctx)
         for site in sites:
+            if self.scores is Scores.INT8:
+                quantise_scores(graph, site)
             rewrite(graph, site, plans[site.name], sizes, dense)
         shares = {s.name: plans[s.name].density for s in sites}
         mean = sum(shares.values()) / len(shares)
@@ -423,6 +448,16 @@ def scale_of(node: fx.Node) -> float:
 
 
 # rewrite ----------------------------------------------------------------------------------------
+
+
+def quantise_scores(graph: Graph, site: Site) -> None:
+    """Put queries, and keys less their mean over tokens, behind quantisers of 8 bits."""
+    query, key = site.node.args[:2]
+    mean = graph.call(aten.mean.dim, key, [2], True, before=site.node)
+    key = graph.call(aten.sub.Tensor, key, mean, before=site.node)
+    for index, value in enumerate((query, key)):
+        codes = graph.call(FAKE_QUANTIZE, value, None, None, _SCORES, before=site.node)
+        graph.set_operand(site.node, index, codes)
 
 
 def rewrite(

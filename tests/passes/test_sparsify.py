@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from vdqc.base import video_mask
 from vdqc.base.block_mask import expand, kept_blocks
-from vdqc.base.diagnostics import ConfigError, InputError
+from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError
+from vdqc.base.numerics import sqnr_db
 from vdqc.base.sparsity import MASKS, MaskPolicy
 from vdqc.base.target import TARGETS
 from vdqc.engine.pass_manager import Context, PassManager
@@ -28,7 +30,7 @@ from vdqc.lowering.prepare import prepare
 from vdqc.passes.annotate import Annotate
 from vdqc.passes.canonicalize import Canonicalize
 from vdqc.passes.quant import Quant
-from vdqc.passes.sparsify import Budget, Heads, Sparsify, assign
+from vdqc.passes.sparsify import Budget, Heads, Scores, Sparsify, assign
 from vdqc.testing.harness import assert_close, remarks, run
 
 POLICIES = st.sampled_from(
@@ -198,6 +200,52 @@ def test_with_quantised_linears() -> None:
     expected = graph.run(**SAMPLES[0].inputs)[0]
     lower(graph, TARGETS["cpu"], ctx.diagnostics)
     assert_close(graph.run(**SAMPLES[0].inputs)[0], expected)
+
+
+@functools.cache
+def _bfloat16() -> tuple[Graph, list[Sample]]:
+    torch.manual_seed(0)
+    model = Video(layers=1, width=128, heads=2).eval()
+    with torch.no_grad():
+        model.blocks[0].to_k.bias[::16] += 20  # channels that are large in every key
+    calls = [
+        Sample(
+            {k: v.bfloat16() for k, v in s.inputs.items()}
+            | {"text": torch.randn(len(s.inputs["text"]), 3 + i, 128).bfloat16()},
+            timestep=s.timestep,
+        )
+        for i, s in enumerate(SAMPLES[:2])
+    ]
+    graph = capture(model.bfloat16(), calls)
+    ctx = Context(calls, rules=(parse_rule("w8a8"),))
+    PassManager([Canonicalize(), Annotate(keep="nothing"), Quant()], probe=False).run(graph, ctx)
+    return graph, calls
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel"), [("cpu", "sparse_attention"), ("sm90", "sparse_attention_int8")]
+)
+@pytest.mark.parametrize("policy", ["svg", "topk"])
+def test_scores_from_codes(target: str, kernel: str, policy: str) -> None:
+    graph, calls = _bfloat16()[0].clone(), _bfloat16()[1]
+    plain = graph.clone()
+    option = Sparsify(policy=policy, density=0.7, block=64)
+    run(plain, option, ctx=Context(calls))
+    run(graph, replace(option, scores=Scores.INT8), ctx=Context(calls))
+    expected = [graph.run(**s.inputs)[0] for s in calls]
+    for s, own in zip(calls, expected, strict=True):
+        assert sqnr_db(own, plain.run(**s.inputs)[0]) > 30
+    choices = {c.site: c for c in lower(graph, TARGETS[target], Diagnostics())}
+    assert choices["blocks.0:attention"].kernel == kernel
+    assert sum(n.target is FAKE_QUANTIZE for n in graph.nodes) == 0
+    for s, wanted in zip(calls, expected, strict=True):
+        assert sqnr_db(graph.run(**s.inputs)[0], wanted) > 30
+
+
+def test_scores_from_codes_need_a_graph_that_may_lose_precision() -> None:
+    graph, ctx = video()
+    with pytest.raises(InputError, match="put sparsify behind quant"):
+        run(graph, Sparsify(density=0.5, block=16, scores=Scores.INT8), ctx=ctx)
 
 
 def test_mask_on_while_training() -> None:
