@@ -22,7 +22,7 @@ reason.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,8 @@ from vdqc.base.target import Target
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import cast
 from vdqc.ir.ops import FAKE_QUANTIZE, KRONECKER, ROTATE
-from vdqc.ir.site import SiteKind, set_note
+from vdqc.ir.resume import WeightWork, share
+from vdqc.ir.site import Site, SiteKind, set_note
 from vdqc.ir.verifier import verify
 from vdqc.kernels.attention import ATTENTION
 from vdqc.kernels.group_linear import GROUP_LINEAR
@@ -47,7 +48,14 @@ from vdqc.kernels.weight_only_linear import WEIGHT_ONLY_LINEAR
 from vdqc.lowering.branch import branch_of, stored_bytes
 from vdqc.lowering.fuse import RowOrder, reorder_rope
 from vdqc.lowering.fuse_kernels import fuse_kernels
-from vdqc.lowering.pack import pack_grouped, pack_integer, pack_planes, parameter_prefix
+from vdqc.lowering.pack import (
+    grouped_work,
+    integer_work,
+    pack_planes,
+    pack_weight,
+    parameter_prefix,
+    plane_work,
+)
 from vdqc.lowering.rules import (
     LinearSite,
     Operand,
@@ -84,7 +92,9 @@ def lower(
         stored: dict[str, tuple[int, float]] = {}
         packed = {choice.site for choice in choices if choice.kernel != "aten"}
         emit = _Emitter(graph, reorder_rope(graph, packed), target)
-        for site, choice in progress(list(zip(graph.sites(), choices, strict=True)), "lower"):
+        pairs = list(zip(graph.sites(), choices, strict=True))
+        share(graph, emit.work(pairs), "pack", progress)
+        for site, choice in progress(pairs, "lower"):
             _report(choice, diagnostics)
             if site.kind is SiteKind.LINEAR and choice.kernel != "aten":
                 linear = linear_site(graph, site)
@@ -169,6 +179,29 @@ class _Emitter:
         set_note(new, kernel=kernel)
         return size
 
+    def work(self, pairs: Iterable[tuple[Site, KernelChoice]]) -> Iterator[WeightWork]:
+        """What packing the weights of all sites will ask for."""
+        for site, choice in pairs:
+            if site.kind is SiteKind.LINEAR and choice.kernel != "aten":
+                linear = linear_site(self._graph, site)
+                yield self._weight_work(linear, choice.kernel)
+                if linear.weight.spec is not None and linear.weight.spec.planes:
+                    yield plane_work(self._graph, linear, **self._plane_form(linear, choice.kernel))
+
+    def _weight_work(self, linear: LinearSite, kernel: str) -> WeightWork:
+        order = self._orders.get(linear.site.name)
+        rows = None if order is None else order.rows
+        if kernel in (INT8_LINEAR.name, PACKED_LINEAR.name):
+            packed = kernel == PACKED_LINEAR.name
+            return integer_work(self._graph, linear, packed=packed, rows=rows)
+        return grouped_work(self._graph, linear, rows)
+
+    def _plane_form(self, linear: LinearSite, kernel: str) -> dict[str, Any]:
+        order, spec = self._orders.get(linear.site.name), linear.weight.spec
+        grouped = spec is not None and spec.granularity.kind is GranularityKind.GROUP
+        integer = kernel != WEIGHT_ONLY_LINEAR.name and not grouped
+        return {"integer": integer, "rows": None if order is None else order.rows}
+
     def _planes(
         self, linear: LinearSite, kernel: str
     ) -> tuple[fx.Node | None, list[fx.Node | None]]:
@@ -176,12 +209,9 @@ class _Emitter:
         graph, before, spec = self._graph, linear.site.node, linear.weight.spec
         if spec is None or not spec.planes:
             return None, []
-        order = self._orders.get(linear.site.name)
         grouped = spec.granularity.kind is GranularityKind.GROUP
         weight_only = kernel == WEIGHT_ONLY_LINEAR.name
-        integer = not weight_only and not grouped
-        rows = None if order is None else order.rows
-        parts = pack_planes(graph, linear, integer=integer, rows=rows)
+        parts = pack_planes(graph, linear, **self._plane_form(linear, kernel))
         total: fx.Node | None = None
         for part in parts:
             w, scale, zero = part["weight"], part["scale"], part.get("zero_point")
@@ -240,11 +270,7 @@ class _Emitter:
         rows = None if order is None else order.rows
         key = (linear.site.weight.target, linear.site.weight.args, linear.input.spec, kernel)
         if rows is not None or key not in self._weights:
-            if kernel in (INT8_LINEAR.name, PACKED_LINEAR.name):
-                packed = kernel == PACKED_LINEAR.name
-                made = pack_integer(self._graph, linear, packed=packed, rows=rows)
-            else:
-                made = pack_grouped(self._graph, linear, rows)
+            made = pack_weight(self._graph, linear, self._weight_work(linear, kernel))
             if rows is not None:
                 return made
             self._weights[key] = made

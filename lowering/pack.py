@@ -1,10 +1,13 @@
 """Weights of one site, from the expression that passes built to the tensors a kernel reads.
 
 The expression is evaluated once, quantised, packed and dropped; what stays are the parameters
-``<site>.kernel.*``. Rows can be permuted on the way (see ``lowering/fuse.py``).
+``<site>.kernel.*``. Rows can be permuted on the way (see ``lowering/fuse.py``). A streamed
+model finishes the work on each site once (``vdqc.ir.resume``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +15,9 @@ from torch import Tensor, fx
 from vdqc.base.numerics import plane_parts, quantize
 from vdqc.base.packing import pack
 from vdqc.base.scheme import GranularityKind, QuantSpec
+from vdqc.ir.finished import Piece, tensor_hash
 from vdqc.ir.graph import Graph
+from vdqc.ir.resume import WeightWork, finish
 from vdqc.lowering.rules import LinearSite, Operand, factor_scales
 
 
@@ -31,52 +36,64 @@ def weight_codes(graph: Graph, weight: Operand) -> tuple[Tensor, Tensor, Tensor 
     return codes, scale, zero_point
 
 
-def pack_integer(
+#: What kernels read of a weight; None where it has no such part.
+_PARTS = ("weight", "multiplier", "scale", "zero_point", "sum")
+
+
+def pack_weight(graph: Graph, linear: LinearSite, work: WeightWork) -> dict[str, fx.Node | None]:
+    """The parameters of the weight of ``linear``, made by ``integer_work`` or ``grouped_work``."""
+    return _bound(graph, parameter_prefix(linear.site.name), finish(graph, work), _PARTS)
+
+
+def integer_work(
     graph: Graph, linear: LinearSite, *, packed: bool, rows: Tensor | None = None
-) -> dict[str, fx.Node | None]:
-    """Parameters of ``int8_linear`` or, if ``packed``, of ``packed_linear``."""
-    spec = linear.weight.spec
-    assert spec is not None
-    codes, scale, zero_point = _permuted(weight_codes(graph, linear.weight), rows)
-    codes, zero_point = _signed(codes, zero_point, spec)
-    multiplier = None
-    if spec.granularity.kind is GranularityKind.GROUP:
-        factors = factor_scales(scale, 127 // spec.qmax)
-        assert factors is not None, f"{linear.site}: group scales are not whole multiples"
-        scale, multiplier = factors
-    else:
-        scale = scale.expand(codes.shape[0], 1) if scale.ndim == 0 else scale
-        scale = scale.squeeze(-1).contiguous()
-    wide = codes if multiplier is None else _multiplied(codes, multiplier)
+) -> WeightWork:
+    """What makes the parameters of ``int8_linear`` or, if ``packed``, of ``packed_linear``."""
     asymmetric_input = linear.input.spec is not None and not linear.input.spec.symmetric
-    total = wide.sum(-1, dtype=torch.int32) if asymmetric_input else None
-    bind = _Binder(graph, parameter_prefix(linear.site.name))
-    zero = None if zero_point is None else zero_point.reshape(-1).expand(codes.shape[0])
-    return {
-        "weight": bind("weight", pack(codes, spec.dtype.bits) if packed else codes),
-        "multiplier": bind("multiplier", multiplier),
-        "scale": bind("scale", scale),
-        "zero_point": bind("zero_point", None if zero is None else zero.to(torch.int32)),
-        "sum": bind("sum", total),
-    }
+
+    def compute() -> Piece:
+        spec = linear.weight.spec
+        assert spec is not None
+        codes, scale, zero_point = _permuted(weight_codes(graph, linear.weight), rows)
+        codes, zero_point = _signed(codes, zero_point, spec)
+        multiplier = None
+        if spec.granularity.kind is GranularityKind.GROUP:
+            factors = factor_scales(scale, 127 // spec.qmax)
+            assert factors is not None, f"{linear.site}: group scales are not whole multiples"
+            scale, multiplier = factors
+        else:
+            scale = scale.expand(codes.shape[0], 1) if scale.ndim == 0 else scale
+            scale = scale.squeeze(-1)
+        wide = codes if multiplier is None else _multiplied(codes, multiplier)
+        zero = None if zero_point is None else zero_point.reshape(-1).expand(codes.shape[0])
+        return _piece(
+            weight=pack(codes, spec.dtype.bits) if packed else codes,
+            multiplier=multiplier,
+            scale=scale,
+            zero_point=None if zero is None else zero.to(torch.int32),
+            sum=wide.sum(-1, dtype=torch.int32) if asymmetric_input else None,
+        )
+
+    return _work(f"integer {packed} {asymmetric_input}", linear, rows, compute)
 
 
-def pack_grouped(
-    graph: Graph, linear: LinearSite, rows: Tensor | None = None
-) -> dict[str, fx.Node | None]:
-    """Parameters of ``group_linear`` and ``weight_only_linear``: one float scale per group."""
-    spec = linear.weight.spec
-    assert spec is not None
-    codes, scale, zero_point = _permuted(weight_codes(graph, linear.weight), rows)
-    codes, zero_point = _signed(codes, zero_point, spec)
-    n = codes.shape[0]
-    bind = _Binder(graph, parameter_prefix(linear.site.name))
-    zero = None if zero_point is None else zero_point.to(scale.dtype).expand_as(scale)
-    return {
-        "weight": bind("weight", pack(codes, spec.dtype.bits)),
-        "scale": bind("scale", scale.reshape(-1, max(1, scale.numel() // n)).expand(n, -1)),
-        "zero_point": bind("zero_point", None if zero is None else _columns(zero, n)),
-    }
+def grouped_work(graph: Graph, linear: LinearSite, rows: Tensor | None = None) -> WeightWork:
+    """What makes those of ``group_linear`` and ``weight_only_linear``: a float scale per group."""
+
+    def compute() -> Piece:
+        spec = linear.weight.spec
+        assert spec is not None
+        codes, scale, zero_point = _permuted(weight_codes(graph, linear.weight), rows)
+        codes, zero_point = _signed(codes, zero_point, spec)
+        n = codes.shape[0]
+        zero = None if zero_point is None else zero_point.to(scale.dtype).expand_as(scale)
+        return _piece(
+            weight=pack(codes, spec.dtype.bits),
+            scale=scale.reshape(-1, max(1, scale.numel() // n)).expand(n, -1),
+            zero_point=None if zero is None else _columns(zero, n),
+        )
+
+    return _work("grouped", linear, rows, compute)
 
 
 def pack_planes(
@@ -88,34 +105,77 @@ def pack_planes(
     points are given -1/2; for ``integer`` ones ``offset`` float[N, 1] of the first plane is what
     all planes add to a sum of inputs, the amplitudes together.
     """
-    spec = linear.weight.spec
-    assert spec is not None
-    assert linear.weight.scale is not None
-    weight = graph.evaluate(linear.weight.value)
-    zero = None if linear.weight.zero_point is None else graph.evaluate(linear.weight.zero_point)
-    scale = graph.evaluate(linear.weight.scale)
-    _, amplitudes, signs = plane_parts(weight, scale, zero, spec)
-    n = len(weight)
-    factors = [amplitude.reshape(n, -1) for amplitude in amplitudes]
-    codes = [((sign.reshape(n, -1) - 1) / 2).to(torch.int8) for sign in signs]
-    if rows is not None:
-        factors, codes = [f[rows] for f in factors], [c[rows] for c in codes]
+    parts = finish(graph, plane_work(graph, linear, integer=integer, rows=rows))
+    planes = len({name.partition(".")[0] for name in parts.tensors})
+    names = ("weight", "scale", "sum", "offset") if integer else ("weight", "scale", "zero_point")
     made = []
-    asymmetric_input = linear.input.spec is not None and not linear.input.spec.symmetric
-    for index, (factor, code) in enumerate(zip(factors, codes, strict=True)):
-        bind = _Binder(graph, f"{parameter_prefix(linear.site.name)}.plane{index}")
-        parameters = {"weight": bind("weight", pack(code, 1))}
-        if integer:
-            total = code.sum(-1, dtype=torch.int32) if asymmetric_input else None
-            offset = torch.stack(factors).sum(0) if index == 0 else None
-            parameters["scale"] = bind("scale", 2 * factor.squeeze(-1))
-            parameters["sum"] = bind("sum", total)
-            parameters["offset"] = bind("offset", offset)
-        else:
-            parameters["scale"] = bind("scale", 2 * factor)
-            parameters["zero_point"] = bind("zero_point", torch.full_like(factor, -0.5))
-        made.append(parameters)
+    for index in range(planes):
+        start = f"plane{index}."
+        own = {k.removeprefix(start): v for k, v in parts.tensors.items() if k.startswith(start)}
+        prefix = f"{parameter_prefix(linear.site.name)}.plane{index}"
+        made.append(_bound(graph, prefix, Piece(own), names))
     return made
+
+
+def plane_work(
+    graph: Graph, linear: LinearSite, *, integer: bool, rows: Tensor | None = None
+) -> WeightWork:
+    """What makes the tensors that ``pack_planes`` binds, as ``plane<i>.<name>``."""
+    asymmetric_input = linear.input.spec is not None and not linear.input.spec.symmetric
+
+    def compute() -> Piece:
+        source, spec = linear.weight, linear.weight.spec
+        assert spec is not None
+        assert source.scale is not None
+        weight = graph.evaluate(source.value)
+        zero = None if source.zero_point is None else graph.evaluate(source.zero_point)
+        scale = graph.evaluate(source.scale)
+        _, amplitudes, signs = plane_parts(weight, scale, zero, spec)
+        n = len(weight)
+        factors = [amplitude.reshape(n, -1) for amplitude in amplitudes]
+        codes = [((sign.reshape(n, -1) - 1) / 2).to(torch.int8) for sign in signs]
+        if rows is not None:
+            factors, codes = [f[rows] for f in factors], [c[rows] for c in codes]
+        parts: dict[str, Tensor | None] = {}
+        for index, (factor, code) in enumerate(zip(factors, codes, strict=True)):
+            start = f"plane{index}"
+            parts[f"{start}.weight"] = pack(code, 1)
+            if integer:
+                total = code.sum(-1, dtype=torch.int32) if asymmetric_input else None
+                parts[f"{start}.scale"] = 2 * factor.squeeze(-1)
+                parts[f"{start}.sum"] = total
+                parts[f"{start}.offset"] = torch.stack(factors).sum(0) if index == 0 else None
+            else:
+                parts[f"{start}.scale"] = 2 * factor
+                parts[f"{start}.zero_point"] = torch.full_like(factor, -0.5)
+        return _piece(**parts)
+
+    return _work(f"planes {integer} {asymmetric_input}", linear, rows, compute)
+
+
+def _work(
+    what: str, linear: LinearSite, rows: Tensor | None, compute: Callable[[], Piece]
+) -> WeightWork:
+    weight = linear.weight
+    order = "in order" if rows is None else tensor_hash(rows)
+    what = f"pack {linear.site.name} {what} {weight.spec} {order}"
+    return WeightWork(what, (weight.value, weight.scale, weight.zero_point), compute)
+
+
+def _piece(**parts: Tensor | None) -> Piece:
+    return Piece({key: value.contiguous() for key, value in parts.items() if value is not None})
+
+
+def _bound(
+    graph: Graph, prefix: str, parts: Piece, names: Sequence[str]
+) -> dict[str, fx.Node | None]:
+    """``names`` as parameters ``<prefix>.<name>``; None for those that ``parts`` lacks."""
+    return {
+        name: graph.set_param(f"{prefix}.{name}", parts.tensors[name])
+        if name in parts.tensors
+        else None
+        for name in names
+    }
 
 
 def _columns(value: Tensor, n: int) -> Tensor:
@@ -150,16 +210,3 @@ def _signed(
 def _multiplied(codes: Tensor, multiplier: Tensor) -> Tensor:
     groups = codes.unflatten(-1, (multiplier.shape[-1], -1))
     return (groups * multiplier.unsqueeze(-1)).flatten(-2)
-
-
-class _Binder:
-    """Sets ``<prefix>.<name>``; None stays None."""
-
-    def __init__(self, graph: Graph, prefix: str) -> None:
-        self._graph = graph
-        self._prefix = prefix
-
-    def __call__(self, name: str, value: Tensor | None) -> fx.Node | None:
-        if value is None:
-            return None
-        return self._graph.set_param(f"{self._prefix}.{name}", value.contiguous())

@@ -5,15 +5,17 @@ This is the whole pipeline, read from top to bottom; every step lives in its own
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from vdqc import report
 from vdqc.aot import PACKAGE, package
@@ -22,16 +24,18 @@ from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError, VerifyEr
 from vdqc.base.target import Target
 from vdqc.bypassed import refuse_bypassed_hooks
 from vdqc.calls import flat_output, users_code
-from vdqc.engine.distributed import own_place
+from vdqc.engine.distributed import is_first_worker, own_place, workers
 from vdqc.engine.named import NamedRecipe, named
 from vdqc.engine.pass_manager import Context, PassManager, PassRecord, check_order, probe_output
-from vdqc.engine.pool import Pool, open_pool
+from vdqc.engine.pool import INDEX, Pool, open_pool
 from vdqc.engine.recipe import Recipe, load_pass
 from vdqc.engine.trajectory import record
 from vdqc.ir import artifact
 from vdqc.ir.artifact import Artifact
+from vdqc.ir.finished import Piece
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.resume import SAID, WeightWork, finish, resumable, run_facts, share
 from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source, load_source
 from vdqc.ir.weights import return_freed_memory
@@ -43,6 +47,8 @@ from vdqc.sites import site_rows, with_kernels
 #: Where the first sample's tensors are kept; in a folder of its own, apart from the weights.
 PROBE = "probe/inputs.safetensors"
 
+#: Bytes of weights that are checked as one piece of work.
+CHECKED_BYTES = 1 << 29
 #: What is done where neither passes nor a recipe are named.
 DEFAULT_PASSES = "rotate,smooth,quant"
 #: Wraps an iterable with a progress bar: ``(items, description) -> items``.
@@ -64,6 +70,7 @@ def compile(
     verify: bool = True,
     component: str | None = None,
     mapped: bool | None = None,
+    fresh: bool = False,
     aot: bool = False,
     diagnostics: Diagnostics | None = None,
     progress: Progress = lambda items, description: items,
@@ -77,23 +84,33 @@ def compile(
     folder's weights on disk and streams them (by default where they exceed half of the free
     memory); ``aot`` adds an AOTInductor package. Words and order are checked before the model is
     loaded, an existing ``out`` is refused unless ``force``, and nothing is left behind if anything
-    fails. Under ``torchrun`` the first worker writes ``out``, the others train with it. Raises
-    VdqcError.
+    fails, but for a streamed model: what is finished then stays in ``<out>.partial``, where the
+    same call goes on unless ``fresh``. Under ``torchrun`` the first worker writes ``out``, the
+    others train with it, or share the weights of a streamed model. Raises VdqcError.
     """
     diagnostics = diagnostics or Diagnostics()
     plan = parse_recipe(passes, scheme, recipe)
     machine = usable_target(target, diagnostics)
     place = own_place(out_folder(model, out))
     calls = None if pool is None else open_pool(Path(pool))
-    with artifact.staging(place, force) as folder:
+    with ExitStack() as kept, artifact.staging(place, force) as folder:
         source = as_source(model, samples, component, mapped)
         refuse_bypassed_hooks(source.model, diagnostics)
         expected = float_output(source) if verify else None
         graph, captured = capture_source(source, diagnostics)
         if graph.stored:  # larger than memory, perhaps: then so is what the passes make of it
-            graph.spill = folder / ".spill"
-            return_freed_memory()
             verify = probe_stored(verify, aot, diagnostics)
+            asked: dict[str, Any] = {"recipe": str(plan), "rules": [str(rule) for rule in plan.rules]}
+            asked |= {"target": str(machine), "seed": seed, "component": component}
+            files = [] if calls is None else [calls.folder / INDEX]
+            asked |= run_facts(graph.stored, source.samples, files)
+            group = kept.enter_context(workers("gloo"))
+            beside = out_folder(model, out)
+            graph.finished = kept.enter_context(
+                resumable(beside, asked, diagnostics, fresh=fresh, group=group)
+            )
+            graph.spill = graph.finished.values
+            return_freed_memory()
         check_weights(graph, progress)
         ctx = Context(source.samples, machine, diagnostics, plan.rules, seed, progress)
         if calls is not None:
@@ -106,29 +123,34 @@ def compile(
         rows = site_rows(graph, records)
         choices, lowered = lower_checked(graph, ctx, manager)
         texts.after_pass(lowered, graph)
-        facts = {
-            "name": source.name,
-            "seed": seed,
-            "bytes_float": bytes_float,
-            "sites": with_kernels(rows, choices),
-        }
-        artifact.write(
-            graph,
-            folder,
-            recipe=plan,
-            records=[*records, lowered],
-            choices=choices,
-            diagnostics=diagnostics,
-            ir_texts=texts.texts,
-            facts=facts,
-            target=machine,
-        )
-        save_probe(graph, source.samples[0], folder)
-        if aot:
-            inputs = graph.signature.bind((), source.samples[0].inputs)
-            package(graph, machine, inputs, folder / PACKAGE)
-        report.write(folder)
-        artifact.seal(folder, progress)
+        if graph.finished is not None and not is_first_worker():
+            artifact.write_share(graph, progress=progress)  # the first one does the rest
+            place = out_folder(model, out)
+        else:
+            facts = {
+                "name": source.name,
+                "seed": seed,
+                "bytes_float": bytes_float,
+                "sites": with_kernels(rows, choices),
+            }
+            artifact.write(
+                graph,
+                folder,
+                recipe=plan,
+                records=[*records, lowered],
+                choices=choices,
+                diagnostics=[entry for entry in diagnostics if entry.code not in SAID],
+                ir_texts=texts.texts,
+                facts=facts,
+                target=machine,
+                progress=progress,
+            )
+            save_probe(graph, source.samples[0], folder)
+            if aot:
+                inputs = graph.signature.bind((), source.samples[0].inputs)
+                package(graph, machine, inputs, folder / PACKAGE)
+            report.write(folder)
+            artifact.seal(folder, progress)
     return artifact.read(place)
 
 
@@ -289,7 +311,16 @@ def check_capture(graph: Graph, manager: PassManager, expected: Tensor | None) -
 
 def check_weights(graph: Graph, progress: Progress = lambda items, description: items) -> None:
     """Raise InputError naming the first weight that holds NaN or infinity; one pass over them."""
-    for name in progress(graph.param_names(), "check weights"):
+    nodes = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
+    batches = _batches(nodes.values(), CHECKED_BYTES)
+    works = [WeightWork("check", b, functools.partial(_check_finite, graph, b)) for b in batches]
+    share(graph, works, "check weights", progress)
+    for work in progress(works, "check weights"):
+        finish(graph, work)
+
+
+def _check_finite(graph: Graph, nodes: Iterable[fx.Node]) -> Piece:
+    for name in (str(node.target) for node in nodes):
         value = graph.param(name)
         if not value.is_floating_point() or not value.numel() or value.itemsize < 2:
             continue
@@ -302,12 +333,31 @@ def check_weights(graph: Graph, progress: Progress = lambda items, description: 
                 code="not-finite",
                 site=name,
             )
+    return Piece()
+
+
+def _batches(nodes: Iterable[fx.Node], most: int) -> Iterator[list[fx.Node]]:
+    """``nodes`` in order, in lists of about ``most`` bytes."""
+    batch: list[fx.Node] = []
+    size = 0
+    for node in nodes:
+        batch.append(node)
+        size += _value_bytes(node)
+        if size >= most:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def weight_bytes(graph: Graph) -> int:
     """Bytes of all weights that the program reads."""
-    values = [node.meta["val"] for node in graph.nodes if node.op == "get_attr"]
-    return sum(int(value.numel()) * value.dtype.itemsize for value in values)
+    return sum(_value_bytes(node) for node in graph.nodes if node.op == "get_attr")
+
+
+def _value_bytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return int(value.numel()) * value.dtype.itemsize
 
 
 def lower_checked(

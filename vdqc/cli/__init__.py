@@ -57,14 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {where}{error.strerror or error}  [file]", file=sys.stderr)
         print("  note: check the path, its permissions and the space on its disk", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("interrupted; no output was written", *_notes(stop), sep="\n", file=sys.stderr)
         return 130
 
 
 def _with_notes(error: VdqcError) -> str:
-    lines = [str(error), *(f"  note: {note}" for note in getattr(error, "__notes__", ()))]
-    return "\n".join(lines)
+    return "\n".join([str(error), *_notes(error)])
+
+
+def _notes(error: BaseException) -> list[str]:
+    return [f"  note: {note}" for note in getattr(error, "__notes__", ())]
 
 
 class _Parser(argparse.ArgumentParser):

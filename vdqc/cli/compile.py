@@ -17,6 +17,11 @@ def add(sub: Any) -> None:
     sub.add_argument("-o", "--out", metavar="DIR", help="output folder (default: <stem>.vdqc)")
     sub.add_argument("--pool", metavar="DIR", help="calls that vdqc record kept, to learn from")
     sub.add_argument("--force", action="store_true", help="replace the output folder if it exists")
+    sub.add_argument(
+        "--fresh",
+        action="store_true",
+        help="drop what an interrupted run of a streamed model finished (DIR.partial)",
+    )
     sub.add_argument("--aot", action="store_true", help="add an AOTInductor package")
     sub.add_argument(
         "--mapped",
@@ -44,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
         target=options.target,
         out=options.out,
         force=options.force,
+        fresh=options.fresh,
         aot=options.aot,
         seed=options.seed,
         verify=not options.no_verify,

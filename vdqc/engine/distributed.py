@@ -88,14 +88,14 @@ def own_place(out: Path) -> Path:
 
 
 @contextmanager
-def workers() -> Iterator[Workers]:
-    """The workers that ``torchrun`` started, or this process alone."""
+def workers(backend: str | None = None) -> Iterator[Workers]:
+    """The workers that ``torchrun`` started, or this process alone; nccl where there are GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ:
         yield Workers()
         return
     started = not dist.is_initialized()
     if started:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield Workers(dist.get_rank(), dist.get_world_size())

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -37,8 +37,15 @@ from vdqc.engine.pass_manager import PassRecord
 from vdqc.engine.recipe import Recipe
 from vdqc.ir import program
 from vdqc.ir import staging as _staging
+from vdqc.ir.finished import Finished, Job, link, weight_identity
 from vdqc.ir.graph import Graph, Origin, Stage
-from vdqc.ir.weight_files import Weight, weight_bytes, write_weights
+from vdqc.ir.weight_files import (
+    Weight,
+    weight_bytes,
+    weight_shards,
+    write_file,
+    write_weights,
+)
 from vdqc.ir.weights import StoredTensor, stored_folder, stored_tensors
 from vdqc.version import __version__
 
@@ -87,18 +94,23 @@ def write(
     ir_texts: Mapping[str, str] | None = None,
     facts: Mapping[str, Any] | None = None,
     target: object = "",
+    progress: Progress = _silent,
 ) -> None:
     """Write program, weights, printed IR and the manifest, which ``seal`` then completes.
 
-    Stored weights are copied piece by piece, so memory stays bounded. ``choices`` are dataclasses
-    or mappings of JSON values. Raises ArtifactError if the disk has not enough space.
+    Stored weights are copied piece by piece, so memory stays bounded; a file of weights that an
+    interrupted run finished is taken over. ``choices`` are dataclasses or mappings of JSON values.
+    Raises ArtifactError if the disk has not enough space.
     """
     weights, tied = _distinct(graph)
     text = program.dumps(graph, tied)
     printed = ir_texts or {}
     needed = sum(map(weight_bytes, weights.values())) + len(text) + sum(map(len, printed.values()))
+    if graph.finished is not None:
+        needed -= graph.finished.finished_bytes()
     _staging.require_space(folder, needed)
-    write_weights(folder, weights)
+    write_share(graph, weights, progress)
+    write_weights(folder, weights, write=_writer(graph.finished), progress=progress)
     (folder / PROGRAM).write_text(text)
     (folder / "ir").mkdir(exist_ok=True)
     for name, ir in printed.items():
@@ -122,8 +134,37 @@ def write(
         "facts": facts or {},
     }
     _write_json(folder / MANIFEST, manifest)
-    if graph.spill is not None and graph.spill.is_relative_to(folder):
-        shutil.rmtree(graph.spill, ignore_errors=True)  # copied above
+
+
+def write_share(
+    graph: Graph, weights: Mapping[str, Weight] | None = None, progress: Progress = _silent
+) -> None:
+    """Write this worker's share of the weight files, for the first worker to take over."""
+    if graph.finished is None or graph.finished.group.size == 1:
+        return
+    weights = _distinct(graph)[0] if weights is None else weights
+    jobs = []
+    for name, keys in weight_shards(weights).items():
+        shard = {key: weights[key] for key in keys}
+        run = functools.partial(_finished_file, graph.finished, name, shard)
+        jobs.append(Job(_shard_key(name, shard), sum(map(weight_bytes, shard.values())), run))
+    graph.finished.divide(jobs, "write weights", progress)
+
+
+def _writer(finished: Finished | None) -> Callable[[Path, Mapping[str, Weight]], None]:
+    """What writes one file of weights; kept until the artifact is whole if work can be resumed."""
+    if finished is None:
+        return write_file
+    return lambda file, weights: link(_finished_file(finished, file.name, weights), file)
+
+
+def _finished_file(finished: Finished, name: str, weights: Mapping[str, Weight]) -> Path:
+    key = _shard_key(name, weights)
+    return finished.file(key, name, lambda part: write_file(part, weights))
+
+
+def _shard_key(name: str, weights: Mapping[str, Weight]) -> str:
+    return "\n".join([name, *(f"{key} {weight_identity(w)}" for key, w in weights.items())])
 
 
 def seal(folder: Path, progress: Progress = _silent) -> None:

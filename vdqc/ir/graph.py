@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vdqc.base.diagnostics import ConfigError, nearest
 from vdqc.base.scheme import QuantScheme
+from vdqc.ir.finished import Finished
 from vdqc.ir.signature import Signature
 from vdqc.ir.site import SITE_KINDS, Site, SiteKind, note, set_note
 from vdqc.ir.weights import StoredTensor, spill
@@ -76,7 +77,11 @@ class Block:
 
 @final
 class Graph:
-    """See the module's text. ``version`` grows with every edit; analyses are cached by it."""
+    """See the module's text. ``version`` grows with every edit; analyses are cached by it.
+
+    A graph larger than memory spills the weights that passes make into the folder ``spill``, and
+    keeps finished work on weights in ``finished`` (``vdqc.ir.resume``).
+    """
 
     def __init__(
         self,
@@ -87,6 +92,7 @@ class Graph:
         stage: Stage = Stage.CAPTURED,
         stored: Mapping[str, StoredTensor] | None = None,
         spill: Path | None = None,
+        finished: Finished | None = None,
     ) -> None:
         self.module = module
         self.signature = signature
@@ -94,6 +100,7 @@ class Graph:
         self.stage = stage
         self.stored = dict(stored or {})
         self.spill = spill
+        self.finished = finished
         self.free: set[str] = set()
         self.version = 0
         self.provenance = ""
@@ -316,6 +323,7 @@ class Graph:
             stage=self.stage,
             stored=self.stored,
             spill=self.spill,
+            finished=self.finished,
         )
         twin.free, twin.provenance = set(self.free), self.provenance
         return twin

@@ -21,6 +21,9 @@ from vdqc.base.diagnostics import ArtifactError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
+#: How names of files end that a killed process was writing.
+PART = ".part"
+
 
 @contextmanager
 def staging(
@@ -63,11 +66,31 @@ def require_space(folder: Path, needed: int) -> None:
 def sync(folder: Path) -> None:
     """Force every file and folder under ``folder`` to disk: a rename must not precede them."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+@contextmanager
+def atomic(file: Path) -> Iterator[Path]:
+    """A path beside ``file`` to write; it becomes ``file``, synced to disk, if the block ends well.
+
+    However the process ends, ``file`` is whole, or as it was before.
+    """
+    part = file.with_name(f".{file.name}.{os.getpid()}{PART}")
+    try:
+        yield part
+        _sync(part)
+        part.replace(file)
+        _sync(file.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_free(out: Path, force: bool, replaceable: Callable[[Path], bool]) -> None:
@@ -96,11 +119,7 @@ def _move(folder: Path, out: Path) -> None:
             (old / out.name).rename(out)
             old.rmdir()
         raise
-    descriptor = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(out.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -144,7 +163,7 @@ def _full_disk_is_named(out: Path) -> Iterator[None]:
         if not is_full and "No space left on device" not in str(error):
             raise
         raise ArtifactError(
-            f"the disk filled up while {out} was written; nothing was kept",
+            f"the disk filled up while {out} was written, which is as it was before",
             "free some space, or write elsewhere with -o",
             code="disk-full",
         ) from error

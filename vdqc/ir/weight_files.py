@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,39 +26,58 @@ _CHUNK_BYTES = 64 << 20
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 Weight = Tensor | StoredTensor
+#: Wraps an iterable with a progress bar: ``(items, description) -> items``.
+Progress = Callable[[Any, str], Any]
 
 
 def write_weights(
-    folder: Path, weights: Mapping[str, Weight], shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    weights: Mapping[str, Weight],
+    shard_bytes: int | None = None,
+    *,
+    write: Callable[[Path, Mapping[str, Weight]], None] | None = None,
+    progress: Progress = lambda items, description: items,
 ) -> list[str]:
-    """Write ``weights.safetensors``, or shards and their index; returns the names of the files."""
-    shards = _shards(weights, shard_bytes)
-    if len(shards) <= 1:
-        write_file(folder / "weights.safetensors", weights)
-        return ["weights.safetensors"]
-    names = [
-        f"weights-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, {key: weights[key] for key in shard})
-    places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    """Write ``weights.safetensors``, or shards and their index; returns the names of the files.
+
+    ``write(file, weights)`` writes each file, by default ``write_file``.
+    """
+    files = weight_shards(weights, shard_bytes)
+    for name, keys in progress(list(files.items()), "write weights"):
+        (write or write_file)(folder / name, {key: weights[key] for key in keys})
+    if len(files) == 1:
+        return list(files)
     index = {
         "metadata": {"total_size": sum(map(weight_bytes, weights.values()))},
-        "weight_map": places,
+        "weight_map": {key: name for name, keys in files.items() for key in keys},
     }
     index_name = "weights.safetensors.index.json"
     (folder / index_name).write_text(json.dumps(index, indent=1))
-    return [*names, index_name]
+    return [*files, index_name]
 
 
-def write_file(file: Path, weights: Mapping[str, Weight]) -> None:
+def weight_shards(
+    weights: Mapping[str, Weight], shard_bytes: int | None = None
+) -> dict[str, list[str]]:
+    """Names of the weights in each file, by the name of the file; ``SHARD_BYTES`` unless given."""
+    shards = _shards(weights, shard_bytes or SHARD_BYTES)
+    if len(shards) == 1:
+        return {"weights.safetensors": shards[0]}
+    return {
+        f"weights-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, 1)
+    }
+
+
+def write_file(
+    file: Path, weights: Mapping[str, Weight], about: Mapping[str, str] | None = None
+) -> None:
     """Write one safetensors file; stored tensors are copied in slices of some rows.
 
     Tensors are laid out by falling size of their elements, so that each starts aligned.
     """
     order = sorted(weights, key=lambda key: -weights[key].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(about or {})}}
     end = 0
     for key in order:
         start, end = end, end + weight_bytes(weights[key])

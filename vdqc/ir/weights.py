@@ -9,6 +9,7 @@ page ever touched as resident.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import math
 import sys
@@ -71,12 +72,20 @@ def return_freed_memory() -> None:
 
 
 def spill(value: Tensor, folder: Path) -> Tensor | StoredTensor:
-    """``value`` in a file of its own under ``folder``, if it is large; else ``value`` itself."""
+    """``value`` in a file of its own under ``folder``, if it is large; else ``value`` itself.
+
+    The file is named by what is in it, so that every run gives the same weight the same name.
+    """
     if value.nbytes < SPILLED_BYTES:
         return value
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{uuid.uuid4().hex}.safetensors"
-    save_file({"value": value.detach().cpu().contiguous()}, file)
+    dense = value.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{dense.dtype} {list(dense.shape)}".encode())
+    digest.update(dense.reshape(-1).view(torch.uint8).numpy().data)
+    file = folder / f"{digest.hexdigest()[:32]}.safetensors"
+    part = folder / f"{uuid.uuid4().hex}.part"
+    save_file({"value": dense}, part)
+    part.replace(file)
     return StoredTensor(file, "value", tuple(value.shape), value.dtype)
 
 
