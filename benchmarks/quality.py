@@ -12,7 +12,7 @@ step-locked SQNR along the float trajectory, PSNR and SSIM of whole videos from 
 model's own accuracy. ``relation`` is the temporal relation distance of the generated frames.
 
 All recipes learn from the same candidates: calls along the float model's trajectories of seeds that
-are not measured. ``planted`` is the same function with outlier channels planted by exact scaling:
+are not measured; one that does not select its own gets as many as those that do, evenly drawn. ``planted`` is the same function with outlier channels planted by exact scaling:
 small trained models have none, large ones do. It is an extra column, and labelled.
 """
 
@@ -45,6 +45,8 @@ from vdqc.report.data import report_data
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.json"
 RECIPES = "rtn,smoothquant,quarot,gptq,svdquant,quantvggt,s2q_vdit,qvdit,quantsparse"
 SCHEMES = "w8a8,w6a6,w4a8,w4a6,w4a4,w3a8,w3a6,w2a8"
+#: Calls that a recipe learns from, of all that were recorded.
+SELECTED = 40
 KEY = ("model", "recipe", "scheme", "density", "seed")
 
 
@@ -159,7 +161,8 @@ def plan(job: dict[str, Any], pool: Path) -> tuple[str, list[str]]:
         text = passes(job["file"], job["density"], checkpoints, job["scheme"], job["seed"])
         return text, [job["scheme"]]
     recipe = named(job["file"])
-    return recipe.pass_list, fitting(recipe.scheme, job["scheme"])
+    drawn = "" if "select" in recipe.pass_list else f"select{{method=uniform,count={SELECTED}}},"
+    return drawn + recipe.pass_list, fitting(recipe.scheme, job["scheme"])
 
 
 def fitting(own: tuple[str, ...], scheme: str) -> list[str]:
