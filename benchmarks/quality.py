@@ -12,8 +12,9 @@ step-locked SQNR along the float trajectory, PSNR and SSIM of whole videos from 
 model's own accuracy. ``relation`` is the temporal relation distance of the generated frames.
 
 All recipes learn from the same candidates: calls along the float model's trajectories of seeds that
-are not measured; one that does not select its own gets as many as those that do, evenly drawn. ``planted`` is the same function with outlier channels planted by exact scaling:
-small trained models have none, large ones do. It is an extra column, and labelled.
+are not measured; one that does not select its own gets as many as those that do, evenly drawn.
+``planted`` is the same function with outlier channels planted by exact scaling: small trained
+models have none, large ones do. It is an extra column, and labelled.
 """
 
 from __future__ import annotations
