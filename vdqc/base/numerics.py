@@ -104,11 +104,17 @@ def whole_multiples(scale: Tensor, spec: QuantSpec) -> Tensor:
 
     Source: Lin et al., QServe, arXiv 2405.04532, section 4.1 (progressive group quantisation).
     """
-    limit = 127 // spec.qmax
-    if spec.granularity.kind is not GranularityKind.GROUP or not spec.symmetric or limit < 8:
+    if not has_whole_multiples(spec):
         return scale
+    limit = 127 // spec.qmax
     base = scale.amax(-1, keepdim=True) / limit
     return base * (scale / base - 1e-5).ceil().clamp(1, limit)
+
+
+def has_whole_multiples(spec: QuantSpec) -> bool:
+    """True where ``whole_multiples`` makes group scales such."""
+    grouped = spec.granularity.kind is GranularityKind.GROUP
+    return grouped and spec.symmetric and not spec.dtype.is_float and 127 // spec.qmax >= 8
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
