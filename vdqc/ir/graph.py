@@ -126,12 +126,14 @@ class Graph:
         return next(iter(reversed(self.module.graph.nodes)))
 
     def sites(self, select: str = "*", kind: SiteKind | None = None) -> list[Site]:
-        """Sites whose name matches the glob ``select``, in program order."""
+        """Sites that match the glob ``select``, or one of several in ``a|b``, in program order."""
+        globs = select.split("|")
         found = [_site(node) for node in self.module.graph.nodes if "site" in note(node)]
         return [
             site
             for site in found
-            if (kind is None or site.kind is kind) and fnmatch.fnmatchcase(site.name, select)
+            if (kind is None or site.kind is kind)
+            and any(fnmatch.fnmatchcase(site.name, glob) for glob in globs)
         ]
 
     def site(self, name: str) -> Site:
