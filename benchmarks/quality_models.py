@@ -20,16 +20,22 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DIGITS = EXAMPLES / "digits" / "model.py"
 #: Recorded trajectories; each has as many calls as the sampler has steps.
 TRAJECTORIES = 6
+#: How much of a generation each holds, by name of the example: videos, images, scenes.
+RECORDED = {"digits": 1, "digits_unet": 2}
 
 
 def record_calls(source: Source, folder: Path) -> None:
-    """Keep calls along the model's own trajectories, one video and its unconditional half each."""
+    """Keep calls along the model's own trajectories, on a part of a generation each.
+
+    A sampler's calls hold its unconditional half, too.
+    """
     assert source.generate is not None
     sample = source.generate.__globals__["sample"]
     labels = source.generate.__globals__["labels"]
+    count = RECORDED[source.name]
 
     def generate(model: nn.Module, seed: int) -> Tensor:
-        video: Tensor = sample(model, labels(seed)[:1], seed)
+        video: Tensor = sample(model, labels(seed)[:count], seed)
         return video
 
     record(source.model, generate, range(100, 100 + TRAJECTORIES), folder)
@@ -77,4 +83,9 @@ def plant(producer: nn.Linear, consumer: nn.Linear, factor: Tensor) -> None:
     consumer.weight.data.div_(factor)
 
 
-SOURCES = {"digits": digits, "planted": planted}
+def unet() -> Source:
+    """The digits UNet: MPQ-DM's kind of model. Its generation is images, not videos."""
+    return load_source(EXAMPLES / "digits_unet" / "model.py")
+
+
+SOURCES = {"digits": digits, "planted": planted, "unet": unet}
