@@ -36,9 +36,13 @@ _CARRIES_CHANNELS = {A.permute.default, A.transpose.int, A._to_copy.default, A.c
 @final
 @dataclass(frozen=True)
 class RowOrder:
-    """Order in which a site's output channels are wanted: new channel i is old ``rows[i]``."""
+    """Order in which a site's output channels are wanted: new channel i is old ``rows[i]``.
+
+    ``width`` is that of a head.
+    """
 
     rows: Tensor
+    width: int
 
 
 @final
@@ -187,7 +191,7 @@ def _rewrite(graph: Graph, rope: _Rope) -> RowOrder:
     graph.set_operand(rope.unbound, 1, pairs.meta["val"].ndim - 2)
     halves = [rope.even.args[1], rope.odd.args[1]]
     graph.replace(rope.odd, graph.call(A.cat.default, halves, -1, before=rope.odd))
-    return RowOrder(order)
+    return RowOrder(order, rope.width)
 
 
 def _reorder(graph: Graph, norm: fx.Node, index: int, order: Tensor) -> None:

@@ -177,6 +177,9 @@ class _Emitter:
             new = cast(graph, graph.call(_aten.add.Tensor, new, planes, before=node), dtype, node)
         graph.replace(node, new)
         set_note(new, kernel=kernel)
+        order = self._orders.get(linear.site.name)
+        if order is not None:
+            set_note(new, basis=f"halves{{{order.width}}}")
         return size
 
     def work(self, pairs: Iterable[tuple[Site, KernelChoice]]) -> Iterator[WeightWork]:

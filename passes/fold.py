@@ -40,7 +40,7 @@ from vdqc.ir.analysis.absorb import (
 )
 from vdqc.ir.graph import Graph, Stage, weight_source
 from vdqc.ir.ops import FAKE_QUANTIZE, ROTATE
-from vdqc.ir.site import note
+from vdqc.ir.site import note, set_note
 
 aten = torch.ops.aten
 
@@ -115,6 +115,7 @@ def fold_rotations(graph: Graph, ctx: Context) -> int:
             if operand is not None:
                 rotated = rotated_rows(graph, operand, signs, block, edit)
                 graph.set_operand(edit.node, edit.operand, rotated)
+                _moved(edit.node, "rotated")
         graph.replace(node, value)
         count += 1
     return count
@@ -199,6 +200,14 @@ def scale_operand(graph: Graph, edit: ScaleEdit, scale: Tensor, name: str) -> No
         missing = edit.operand + 1 - len(edit.node.args)
         edit.node.args = (*edit.node.args, *[None] * missing)
     graph.set_operand(edit.node, edit.operand, value)
+    _moved(edit.node, "scaled")
+
+
+def _moved(node: fx.Node, basis: str) -> None:
+    """Note that a site's output is no longer that of the float model, channel by channel."""
+    if "site" in note(node):
+        before = note(node).get("basis", "")
+        set_note(node, basis=basis if before in ("", basis) else "rotated and scaled")
 
 
 def fold_constants(graph: Graph, ctx: Context) -> int:

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
@@ -24,8 +24,13 @@ from vdqc.base import metrics, numerics
 from vdqc.base.diagnostics import InputError
 from vdqc.calls import flat_output, users_code
 from vdqc.ir.source import Source
+from vdqc.observe import SiteTime, is_observable, site_times
+from vdqc.site_errors import SeenMask, SiteError, SiteErrors
 
 Progress = Callable[[Any, str], Any]
+
+#: Elements of an output that the free-running comparison keeps, about.
+OUTPUT_LIMIT = 1 << 18
 
 _ADVICE = "check that this is the model that the artifact was compiled from"
 
@@ -35,13 +40,23 @@ _ADVICE = "check that this is the model that the artifact was compiled from"
 class StepError:
     """Error of the compiled model on one call of the float trajectory.
 
-    ``timestep`` is None where the call names none.
+    ``timestep`` is None where the call names none. ``free_error`` is the relative error of the same
+    call when each model goes its own way from the same noise: it holds what earlier calls moved.
+    None where no whole generation was run.
     """
 
     call: int
     timestep: float | None
     relative_error: float
     sqnr_db: float
+    free_error: float | None = None
+
+    @property
+    def free_sqnr_db(self) -> float | None:
+        """The free-running error in dB."""
+        if self.free_error is None:
+            return None
+        return math.inf if self.free_error == 0 else -20 * math.log10(self.free_error)
 
 
 @final
@@ -81,7 +96,14 @@ class Timing:
 @final
 @dataclass(frozen=True)
 class CheckResult:
-    """Everything ``vdqc check`` found; ``frames`` are the videos of the first seed, if any."""
+    """Everything ``vdqc check`` found.
+
+    Attributes:
+        frames: what both models generated for the first seed, if anything.
+        sites: error of every site and block on the calls of ``steps``.
+        times: of every site's kernel on the first sample.
+        masks: the last sparse mask of every attention that makes one.
+    """
 
     steps: tuple[StepError, ...]
     videos: tuple[VideoQuality, ...]
@@ -89,6 +111,9 @@ class CheckResult:
     bytes_float: int
     bytes_compiled: int
     frames: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
+    sites: tuple[SiteError, ...] = ()
+    times: tuple[SiteTime, ...] = ()
+    masks: Mapping[str, SeenMask] = field(default_factory=dict, compare=False)
 
     @property
     def sqnr_db(self) -> float:
@@ -104,9 +129,30 @@ class CheckResult:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON dictionary; infinities become null."""
-        data = asdict(replace(self, frames=None), dict_factory=_finite)
-        data.pop("frames")
+        plain = replace(self, frames=None, sites=(), masks={})
+        data = asdict(plain, dict_factory=_finite)
+        del data["frames"], data["masks"]
+        data["sites"] = [_site_json(site) for site in self.sites]
         return {**data, "sqnr_db": _number(self.sqnr_db), "worst_call": self.worst.call}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> CheckResult:
+        """What ``to_json`` wrote, without frames and masks; raises InputError for anything else."""
+        try:
+            return CheckResult(
+                tuple(StepError(**_infinite(step, "sqnr_db")) for step in data["steps"]),
+                tuple(VideoQuality(**_infinite(video, "psnr_db")) for video in data["videos"]),
+                tuple(Timing(**timing) for timing in data["timings"]),
+                data["bytes_float"],
+                data["bytes_compiled"],
+                sites=tuple(_site_from_json(site) for site in data.get("sites", ())),
+                times=tuple(SiteTime(**entry) for entry in data.get("times", ())),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"expected what vdqc check writes with -o, got something else: {error!r}",
+                "write it again with this version: vdqc check ARTIFACT --model MODEL -o FILE",
+            ) from error
 
 
 @final
@@ -165,21 +211,35 @@ def check(
     steps: list[StepError] = []
     videos: list[VideoQuality] = []
     frames: tuple[Tensor, Tensor] | None = None
+    recorder = SiteErrors(source.model, compiled) if is_observable(compiled) else None
     if source.generate is not None and generation:
         for seed in seeds:
             calls = range(len(steps)) if steps else itertools.count()
             bar = progress(calls, f"float model, seed {seed}")
             first = seed == seeds[0]
-            locked = step_locked(source.model, compiled, steps) if first else nullcontext()
-            with counted_calls(source.model, bar), locked, users_code("generate()", _ADVICE):
+            outputs = Outputs()
+            with ExitStack() as looking:
+                looking.enter_context(counted_calls(source.model, bar))
+                if first:
+                    looking.enter_context(_locked(source.model, compiled, steps, recorder))
+                    looking.enter_context(outputs.kept(source.model))
+                looking.enter_context(users_code("generate()", _ADVICE))
                 reference = source.generate(source.model, seed)
             bar = progress(range(len(steps)), f"compiled model, seed {seed}")
-            with counted_calls(compiled, bar), users_code("generate()", _ADVICE):
+            compared = outputs.compared(compiled) if first else nullcontext()
+            with counted_calls(compiled, bar), compared, users_code("generate()", _ADVICE):
                 video = source.generate(compiled, seed)
-            videos.append(_quality(source, video, reference, seed))
+            if first:
+                free = itertools.chain(outputs.errors, itertools.repeat(None))
+                steps = [
+                    replace(step, free_error=error)
+                    for step, error in zip(steps, free, strict=False)
+                ]
+            if reference.ndim in (4, 5):  # PSNR is of frames
+                videos.append(_quality(source, video, reference, seed))
             frames = frames or (reference.detach().cpu(), video.detach().cpu())
     else:
-        with step_locked(source.model, compiled, steps):
+        with _locked(source.model, compiled, steps, recorder):
             for sample in progress(list(source.samples), "step-locked"):
                 with users_code("the float model", _ADVICE):
                     source.model(**sample.inputs)
@@ -189,6 +249,7 @@ def check(
             "the step-locked error is measured on those calls",
         )
     inputs = source.samples[0].inputs
+    times = site_times(compiled, inputs, timing_runs, progress)
     timings = time_both(source.model, compiled, inputs, timing_runs, "eager", progress)
     if torch_compile:
         compiled.compile()
@@ -201,7 +262,60 @@ def check(
         weight_bytes(source.model),
         weight_bytes(compiled),
         frames,
+        recorder.errors() if recorder else (),
+        times,
+        recorder.masks if recorder else {},
     )
+
+
+@contextmanager
+def _locked(
+    model: nn.Module, compiled: nn.Module, steps: list[StepError], recorder: SiteErrors | None
+) -> Iterator[None]:
+    """``step_locked``, site by site as well where the compiled model shows its sites."""
+    with recorder.recording() if recorder else nullcontext(), step_locked(model, compiled, steps):
+        yield
+
+
+@final
+class Outputs:
+    """A model's outputs over one generation, thinned out, and another model's error against them.
+
+    ``errors`` are relative, one per call; they end where the other sampler makes fewer calls.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[float] = []
+        self._kept: list[Tensor] = []
+
+    def kept(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, what ``model`` returns is kept."""
+        return _shown(model, self._kept.append)
+
+    def compared(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, what ``model`` returns is compared, call by call."""
+
+        def compare(value: Tensor) -> None:
+            call = len(self.errors)
+            if call < len(self._kept) and self._kept[call].shape == value.shape:
+                error = numerics.relative_error(value.double(), self._kept[call].double())
+                self.errors.append(error)
+
+        return _shown(model, compare)
+
+
+@contextmanager
+def _shown(model: nn.Module, show: Callable[[Tensor], None]) -> Iterator[None]:
+    def hook(_: nn.Module, args: Any, output: Any) -> None:
+        flat = flat_output(output).float()
+        # every k-th element, k odd: not the same channel or pixel each time
+        show(flat[:: 2 * (len(flat) // OUTPUT_LIMIT // 2) + 1].clone())
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -291,6 +405,22 @@ def _timestep(kwargs: Mapping[str, Any]) -> float | None:
     if isinstance(value, Tensor):
         return float(value.flatten()[0]) if value.numel() else None
     return float(value) if isinstance(value, (int, float)) else None
+
+
+def _site_json(site: SiteError) -> dict[str, Any]:
+    """Decibels to a hundredth; null where equal, "" where the call did not reach the site."""
+    values = ["" if v is None else _number(round(v, 2)) for v in site.sqnr_db]
+    entry = {"name": site.name, "block": site.block, "kind": site.kind, "sqnr_db": values}
+    return {**entry, "why": site.why} if site.why else entry
+
+
+def _site_from_json(data: Mapping[str, Any]) -> SiteError:
+    values = tuple(None if v == "" else math.inf if v is None else v for v in data["sqnr_db"])
+    return SiteError(data["name"], data["block"], data["kind"], values, data.get("why", ""))
+
+
+def _infinite(data: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {**data, key: math.inf if data[key] is None else data[key]}
 
 
 def _number(value: float) -> float | None:

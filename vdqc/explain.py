@@ -7,18 +7,34 @@ which kernel its scheme would get on the target, why, and at what predicted time
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, final
 
 from vdqc.base.diagnostics import Diagnostics
+from vdqc.base.sparsity import MASKS, MaskPolicy
 from vdqc.base.target import Target
 from vdqc.compiler import capture_source
 from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.engine.recipe import Recipe
-from vdqc.ir.graph import Stage
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.site import SiteKind
 from vdqc.ir.source import Source
 from vdqc.lowering.select import choose
+from vdqc.lowering.sparse import is_sparse, sparse_problem
 from vdqc.sites import SiteRow, site_rows, with_kernels
+
+
+@final
+@dataclass(frozen=True)
+class PlannedMask:
+    """One attention that would be sparse: ``density`` is of the first sample, ``how`` says who
+    decides which of the policy's masks each of the ``heads`` gets."""
+
+    site: str
+    policy: str
+    density: float
+    heads: int
+    how: str
 
 
 @final
@@ -31,6 +47,7 @@ class Plan:
     passes: tuple[tuple[str, bool, str], ...]
     rules: tuple[str, ...]
     sites: tuple[SiteRow, ...]
+    masks: tuple[PlannedMask, ...] = ()
 
     @property
     def predicted_us(self) -> float:
@@ -46,6 +63,7 @@ class Plan:
             "rules": list(self.rules),
             "predicted_us": self.predicted_us,
             "sites": [row.to_json() for row in self.sites],
+            "masks": [asdict(mask) for mask in self.masks],
         }
 
 
@@ -69,4 +87,30 @@ def explain(
         stage = item.to if item.to is not None else stage
         passes.append((str(item), item.exact, str(stage)))
     rules = tuple(map(str, recipe.rules))
-    return Plan(source.name, str(target), tuple(passes), rules, tuple(rows))
+    masks = tuple(planned_masks(graph, recipe))
+    return Plan(source.name, str(target), tuple(passes), rules, tuple(rows), masks)
+
+
+def planned_masks(graph: Graph, recipe: Recipe) -> list[PlannedMask]:
+    """The attentions of a planned graph that are sparse, with what is known before calibration."""
+    options = next((vars(item) for item in recipe.passes if item.name == "sparsify"), {})
+    found = []
+    for site in graph.sites(kind=SiteKind.ATTENTION):
+        if not is_sparse(site.node):
+            continue
+        problem, policy = sparse_problem(graph, site.node), MaskPolicy.parse(str(site.node.args[6]))
+        how = _how(policy, str(options.get("heads")), str(options.get("budget")))
+        found.append(PlannedMask(site.name, str(policy), problem.density, problem.heads, how))
+    return found
+
+
+def _how(policy: MaskPolicy, heads: str, budget: str) -> str:
+    kinds = [kind.replace("_", " ") for kind in MASKS[policy.name]]
+    if not kinds:
+        return "every call, head and query block chooses"
+    mask = " or ".join(kinds)
+    if budget == "calibrated":
+        return f"{mask}, at a density of its own: the samples decide"
+    if len(kinds) == 1:
+        return mask
+    return f"{mask}: {'every call decides' if heads == 'online' else 'the samples decide'}"

@@ -13,6 +13,7 @@ from vdqc.engine.named import NamedRecipe
 from vdqc.explain import Plan
 from vdqc.report.data import ReportData
 from vdqc.runner import RunResult
+from vdqc.site_errors import worst_sites
 from vdqc.sites import SiteRow
 from vdqc.text import columns, count, decibel, duration, size
 
@@ -129,11 +130,20 @@ def planned(plan: Plan) -> str:
             "",
             *(f"{why}  ({count(len(rows), 'site')})" for why, rows in reasons.items()),
             "",
+            *([_masks(plan), ""] if plan.masks else []),
             f"predicted: {duration(plan.predicted_us / 1e6)} in sites for the first sample, "
             f"weights {size(float_bytes)} -> {size(compiled_bytes)}",
             "nothing was compiled: run vdqc compile with the same options",
         ]
     )
+
+
+def _masks(plan: Plan) -> str:
+    rows = [
+        [mask.site, mask.policy, f"{mask.density:.1%}", str(mask.heads), mask.how]
+        for mask in plan.masks
+    ]
+    return columns(rows, ["sparse attention", "policy", "density", "heads", "masks"], right="23")
 
 
 def checked(result: CheckResult, misses: Sequence[str], report: str | None) -> str:
@@ -144,6 +154,10 @@ def checked(result: CheckResult, misses: Sequence[str], report: str | None) -> s
         f"step-locked {decibel(result.sqnr_db)} SQNR over {count(len(result.steps), 'call')}, "
         f"worst {decibel(worst.sqnr_db)} at {where}"
     ]
+    for error, call, value in worst_sites(result.sites, 1):
+        time = result.steps[call].timestep
+        when = f"timestep {time:g}" if time is not None else f"call {call}"
+        lines.append(f"worst site  {error.name}: {decibel(value)} SQNR at {when}")
     for video in result.videos:
         line = f"seed {video.seed}      PSNR {decibel(video.psnr_db)}, SSIM {video.ssim:.4f}"
         line += f", flicker {video.flicker:.4f} (float {video.flicker_float:.4f})"

@@ -1,115 +1,28 @@
 """The report is one well-formed page that holds what it was given, escaped, and fetches nothing."""
 
+import json
 import math
 import re
+import runpy
+import struct
 import zlib
-from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 
 from vdqc import report
-from vdqc.base.diagnostics import InputError
-from vdqc.check import CheckResult, StepError, Timing, VideoQuality
-from vdqc.engine.pass_manager import PassRecord
-from vdqc.ir.graph import Stage
-from vdqc.report import charts, png
-from vdqc.report.data import ReportData
+from vdqc.base.diagnostics import ConfigError, InputError
+from vdqc.check import CheckResult
+from vdqc.report import charts, heat, png
+from vdqc.report.mask_data import picture, policy_pictures
 from vdqc.report.page import Html, tag
-from vdqc.sites import SiteRow
+from vdqc.report.program import block_lines
 from vdqc.text import columns, count, decibel, duration, size
 
-EVIL = "<script>alert('&')</script>"
-VOID = {"meta", "img", "br"}
-
-
-class Structure(HTMLParser):
-    """Raises where a tag is closed that is not open; keeps tags, attributes and text."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def parse(page: str) -> Structure:
-    structure = Structure()
-    structure.feed(page)
-    structure.close()
-    assert structure.open == []
-    return structure
-
-
-def example(word: str = "plain") -> ReportData:
-    records = (
-        PassRecord(f"rotate{{note={word}}}", True, Stage.ANNOTATED, 0.5, 4, 1e-7, 120.0),
-        PassRecord("quant", False, Stage.COMPRESSED, 1.0, 4, 8e-3, 41.5, {word: {"k": [1.5]}}),
-    )
-    row = SiteRow(
-        name=word,
-        kind="linear",
-        role=word,
-        block="blocks.0",
-        shape="f32[8, 8]",
-        scheme="w8a8",
-        kernel="int8_linear",
-        why=word,
-        predicted_us=4.0,
-        weight_sqnr_db=40.0,
-        bits=8.5,
-        bytes=68,
-        bytes_float=256,
-    )
-    diagnostic = {
-        "severity": "warning",
-        "site": word,
-        "message": word,
-        "code": "c",
-        "notes": [word],
-    }
-    return ReportData(
-        name=word,
-        model_class=word,
-        dtype="float32",
-        target="cpu",
-        recipe=word,
-        rules=(f"*={word}",),
-        records=records,
-        sites=(row,),
-        diagnostics=(diagnostic,),
-        ir={"00_captured": f"graph {word}", "02_quant": f"graph {word}\n  %0"},
-        versions={"vdqc": word},
-        bytes_float=256,
-        bytes_compiled=68,
-    )
-
-
-def comparison() -> CheckResult:
-    video = torch.rand(1, 1, 4, 8, 8)
-    return CheckResult(
-        steps=(StepError(0, 1000.0, 0.01, 40.0), StepError(1, 500.0, 0.02, 34.0)),
-        videos=(VideoQuality(0, 30.0, 0.9, 0.1, 0.1, 0.5, 1.0),),
-        timings=(Timing(2.0, 1.0, 5, "eager"),),
-        bytes_float=256,
-        bytes_compiled=68,
-        frames=(video, (video + 0.1).clamp(0, 1)),
-    )
+DATA = runpy.run_path(str(Path(__file__).with_name("report_data.py")))
+EVIL, parse = DATA["EVIL"], DATA["parse"]
+comparison, example, sparse = DATA["comparison"], DATA["example"], DATA["sparse"]
 
 
 @pytest.mark.parametrize("check", [None, comparison()], ids=["compiled", "checked"])
@@ -135,9 +48,135 @@ def test_every_text_is_escaped():
 def test_comparison_shows_frames_and_each_step():
     structure = parse(report.render(example(), comparison()))
     pictures = [attributes["src"] for name, attributes in structure.tags if name == "img"]
-    assert len(pictures) == 3
+    assert len(pictures) == 4  # three strips and their loop
     assert "Worst at timestep 500: 34.0 dB, 2.00%" in structure.text
     assert "2.00×" in structure.text
+    assert "free-running" in structure.text
+
+
+SECTIONS = (
+    "The same seed, float and compiled",
+    "Error along the trajectory",
+    "Error by site and timestep",
+    "Passes",
+    "Bits, size and time by layer",
+    "Attention masks",
+    "Sites",
+    "Kernels",
+    "Diagnostics",
+    "The program, before and after",
+)
+
+
+def test_every_section_is_there_and_a_large_model_gives_a_small_page():
+    data = sparse(example(layers=40), layers=40, heads=40)
+    check = comparison(steps=100, layers=40, frames=(2, 3, 21, 120, 208))
+    page = report.render(data, check)
+    structure = parse(page)
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert tuple(headings) == SECTIONS
+    assert len(page) < 8_000_000
+    assert "Not measured: attn1.to_v (40×)" in " ".join(structure.text.split())
+    # beyond one row per layer, nothing grows: without pictures
+    without = CheckResult(check.steps, (), (), 1, 1, sites=check.sites)
+    assert len(report.render(data, without)) < 1_500_000
+
+
+def test_a_block_is_chosen_by_name():
+    data = example(layers=3)
+    assert "The block blocks.0;" in report.render(data)
+    page = report.render(data, block="blocks.2")
+    assert "# site blocks.2.ffn.net.2" in page
+    assert "# site blocks.1.ffn.net.2" not in page.partition("before and after")[2]
+    with pytest.raises(ConfigError, match=r"did you mean 'blocks\.1'"):
+        report.render(data, block="block.1")
+
+
+def test_lines_of_a_block_hold_all_of_its_sites_and_no_other():
+    lines = block_lines(example(layers=3).ir["00_captured"], "blocks.1")
+    sites = [line.partition("# site ")[2] for line in lines if "# site" in line]
+    assert len(sites) == 10
+    assert all(site.startswith("blocks.1.") for site in sites)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pictures"),
+    [
+        ((2, 3, 16, 16), 6),  # images: no loop
+        ((1, 4, 3, 16, 16), 4),  # latents: the first channel
+        ((3, 7), 0),
+        ((2, 5, 11), 0),
+        ((0, 3, 4, 8, 8), 0),
+    ],
+)
+def test_outputs_that_are_no_videos_leave_the_page_whole(shape, pictures):
+    structure = parse(report.render(example(), comparison(frames=shape)))
+    assert sum(name == "img" for name, _ in structure.tags) == pictures
+
+
+def test_masks_are_drawn_for_every_head_and_layer():
+    structure = parse(report.render(sparse(example(layers=3), layers=3, heads=4)))
+    masks = [a["alt"] for name, a in structure.tags if name == "img"]
+    assert masks == [
+        "mask: spatial band, 25%",
+        "mask: spatial band, 50%",
+        "mask: temporal band, 25%",
+        "mask: temporal band, 50%",
+    ]
+    titles = [a["title"] for name, a in structure.tags if name == "td" and "title" in a]
+    assert len(titles) == 3 * 4
+    assert "blocks.1.attn1:attention, head 0: temporal band, density 0.25" in titles
+
+
+def test_masks_of_calls_are_drawn_from_the_check():
+    data = sparse(example(layers=20), layers=20, heads=16, online=True)
+    assert "vdqc check --report draws" in report.render(data)
+    page = report.render(data, comparison(layers=20, heads=16))
+    shown = [a for name, a in parse(page).tags if name == "img" and "mask" in a["alt"]]
+    assert len(shown) == 7 * 12  # every third layer, twelve heads
+
+
+def test_a_picture_of_a_mask_is_in_the_order_of_the_video():
+    rows = sparse(example(layers=1), layers=1, heads=4).masks
+    pictures = policy_pictures(rows[0])
+    spatial, temporal = pictures["spatial_band@0.25"][0], pictures["temporal_band@0.25"][0]
+    assert spatial.shape == (96, 96)
+    for image in (spatial, temporal):
+        assert float(image.mean()) == pytest.approx(0.25, abs=0.02)
+        assert float(image.diagonal().mean()) > 0.95
+    # 8 frames: one frame away the temporal band is on, the spatial band is not
+    assert float(temporal.diagonal(36).mean()) > 0.9
+    assert float(spatial.diagonal(36).mean()) == 0
+    kept = torch.tensor([[True, False], [False, True]])
+    assert picture(kept, torch.tensor([3, 1, 0, 2]), 2)[0].tolist() == [
+        [1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1],
+    ]  # fmt: skip
+
+
+def test_the_levels_of_a_heat_map_cover_all_values():
+    values = [10.1, 12.0, 18.7, 24.9, math.inf]
+    scale = heat.Scale.over(values)
+    levels = [scale.level(value) for value in values]
+    assert levels == sorted(levels)
+    assert (levels[0], levels[-1]) == (0, heat.LEVELS - 1)
+    assert heat.Scale.over([math.inf]).level(math.inf) == heat.LEVELS - 1
+    drawn = heat.panel(heat.Panel("p", ("0", "1"), ((10.0, 10.0, None), (25.0, 30.0, None))),
+                       scale, "a", "b")  # fmt: skip
+    parse(drawn)
+    assert len(re.findall(r"M[\d.]+ ", drawn)) == 2 + (scale.level(25.0) != scale.level(30.0))
+
+
+def test_a_check_reads_back_from_its_json():
+    check = comparison(steps=3, layers=2)
+    found = CheckResult.from_json(json.loads(json.dumps(check.to_json())))
+    assert found.steps == check.steps
+    assert found.sites[-1] == check.sites[-1]  # infinities
+    assert [error.why for error in found.sites] == [error.why for error in check.sites]
+    assert found.times == check.times
+    with pytest.raises(InputError, match="vdqc check writes"):
+        CheckResult.from_json({"steps": [{"call": 0}]})
+    with pytest.raises(InputError, match="vdqc check writes"):
+        CheckResult.from_json([])
 
 
 def test_exact_and_lossy_are_marked():
@@ -177,6 +216,15 @@ def test_png_decodes_to_the_pixels():
     assert zlib.decompress(body[1][:-4]) == bytes([0, 0, 255, 0, 128, 255])
     with pytest.raises(InputError, match="expected an image"):
         png.encode(torch.zeros(2, 4, 4))
+
+
+def test_a_loop_holds_every_frame():
+    video = torch.rand(3, 4, 5, 6)
+    data = png.encode_loop(video, 8)
+    assert data.count(b"fcTL") == 4
+    assert data.count(b"fdAT") == 3
+    frames, plays = struct.unpack(">II", re.search(rb"acTL(.{8})", data, re.S)[1])
+    assert (frames, plays) == (4, 0)
 
 
 def test_strip_puts_frames_side_by_side():

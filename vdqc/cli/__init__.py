@@ -23,6 +23,7 @@ COMMANDS = (
     "record",
     "run",
     "check",
+    "report",
     "explain",
     "inspect",
     "passes",

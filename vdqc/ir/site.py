@@ -42,7 +42,9 @@ def note(node: fx.Node) -> Mapping[str, Any]:
 
     Keys in use: ``site`` (name), ``kind``, ``scheme`` (text), ``role`` (what annotate found),
     ``origin`` (text of the pass that made the node); ``partial`` (the site's node computes only a
-    part of its value) and ``whole`` (name of the site whose value this node puts together).
+    part of its value), ``whole`` (name of the site whose value this node puts together) and
+    ``basis`` (the site's output is ``rotated``, ``scaled`` or both for its readers, or its channels
+    are in another order: ``halves{64}``, pairs of each 64 taken apart).
     """
     entries: Mapping[str, Any] = node.meta.get("custom", {}).get("vdqc", {})
     return entries

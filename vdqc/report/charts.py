@@ -6,13 +6,15 @@ Marks carry a ``<title>``, which browsers show on hover without any script.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import final
 
 WIDTH, HEIGHT = 960, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 30, 44
+_LABELS = 150  # room at the right for the names of lines
+_LINE = 16
 
 
 @final
@@ -46,8 +48,14 @@ def chart(
     joined: bool = False,
     x_names: Sequence[str] = (),
     reverse_x: bool = False,
+    labels: Mapping[str, str] | None = None,
 ) -> str:
-    """An SVG of ``marks``; ``joined`` draws a line per kind, ``x_names`` label whole positions."""
+    """An SVG of ``marks``; ``joined`` draws a line per kind, ``x_names`` label whole positions.
+
+    ``labels`` names the lines of kinds, written at their right ends.
+    """
+    labels = labels or {}
+    right = WIDTH - (_LABELS if labels else _RIGHT)
     shown = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     if not shown:
         return '<p class="quiet">Nothing to draw: every value is exact.</p>'
@@ -60,7 +68,7 @@ def chart(
 
     def px(x: float) -> float:
         share = (x - low) / (high - low)
-        return _LEFT + (1 - share if reverse_x else share) * (WIDTH - _LEFT - _RIGHT)
+        return _LEFT + (1 - share if reverse_x else share) * (right - _LEFT)
 
     def py(y: float) -> float:
         share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
@@ -71,13 +79,13 @@ def chart(
         f'aria-label="{escape(title)}">'
     ]
     for y in y_ticks:
-        parts.append(_line(_LEFT, py(y), WIDTH - _RIGHT, py(y), "grid"))
+        parts.append(_line(_LEFT, py(y), right, py(y), "grid"))
         parts.append(_text(_LEFT - 8, py(y) + 4, f"{y:g}", "end"))
     for index, x in enumerate(x_ticks):
         label = x_names[index] if x_names else f"{x:g}"
         parts.append(_text(px(x), HEIGHT - _BOTTOM + 18, label, "middle"))
-    parts.append(_text(WIDTH - _RIGHT, HEIGHT - 6, x_label, "end", "label"))
-    parts.append(_text(_LEFT, _TOP - 3, y_label, "start", "label"))
+    parts.append(_text(right, HEIGHT - 6, x_label, "end", "label"))
+    parts.append(_text(_LEFT, 12, y_label, "start", "label"))
     for kind in dict.fromkeys(mark.kind for mark in shown) if joined else ():
         line = sorted((m for m in shown if m.kind == kind), key=lambda mark: mark.x)
         points = " ".join(f"{px(m.x):.1f},{py(m.y):.1f}" for m in line)
@@ -87,7 +95,25 @@ def chart(
             f'<circle class="mark {escape(mark.kind)}" cx="{px(mark.x):.1f}" cy="{py(mark.y):.1f}" '
             f'r="{4 if len(shown) < 200 else 3}"><title>{escape(mark.text)}</title></circle>'
         )
+    ends = {kind: [m for m in shown if m.kind == kind] for kind in labels}
+    wanted = {
+        kind: py((min if reverse_x else max)(found, key=lambda mark: mark.x).y)
+        for kind, found in ends.items()
+        if found
+    }
+    for kind, y in spread(wanted, _LINE).items():
+        parts.append(_text(right + 10, y + 4, labels[kind], "start", f"name {kind}"))
     return "".join([*parts, "</svg>"])
+
+
+def spread(places: Mapping[str, float], least: float) -> dict[str, float]:
+    """``places`` in their order, moved down where two would be nearer than ``least``."""
+    made: dict[str, float] = {}
+    before = -math.inf
+    for key, place in sorted(places.items(), key=lambda item: item[1]):
+        before = max(place, before + least)
+        made[key] = before
+    return made
 
 
 def bar(share: float, text: str) -> str:

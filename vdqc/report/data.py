@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 from vdqc.engine.pass_manager import PassRecord
 from vdqc.ir.artifact import Artifact
+from vdqc.report.mask_data import MaskRow, mask_rows
 from vdqc.sites import SiteRow
 
 
@@ -30,6 +31,7 @@ class ReportData:
     bytes_float: int
     bytes_compiled: int
     seed: int = 0
+    masks: tuple[MaskRow, ...] = ()
 
     @property
     def sqnr_db(self) -> float | None:
@@ -49,9 +51,14 @@ class ReportData:
     @property
     def effective_bits(self) -> float | None:
         """Stored bits a weight over all quantised sites, scales included."""
-        rows = [(row.bytes or 0, row.bits) for row in self.quantised if row.bits]
-        weights = sum(8 * stored / bits for stored, bits in rows)
-        return 8 * sum(stored for stored, _ in rows) / weights if weights else None
+        return weighted_bits(self.quantised)
+
+
+def weighted_bits(rows: Iterable[SiteRow]) -> float | None:
+    """Stored bits a weight over those of ``rows`` that are quantised; None if none is."""
+    stored = [(row.bytes or 0, row.bits) for row in rows if row.bits]
+    weights = sum(8 * size / bits for size, bits in stored)
+    return 8 * sum(size for size, _ in stored) / weights if weights else None
 
 
 def report_data(artifact: Artifact) -> ReportData:
@@ -72,4 +79,5 @@ def report_data(artifact: Artifact) -> ReportData:
         bytes_float=facts["bytes_float"],
         bytes_compiled=manifest["weights"]["bytes"],
         seed=facts["seed"],
+        masks=mask_rows(artifact),
     )

@@ -81,12 +81,18 @@ STYLE = """
   --ink: #1c1e21; --soft: #5c636d; --faint: #8b929c; --rule: #e3e5e8; --paper: #fdfdfc;
   --panel: #f5f5f3; --a: #2458c7; --b: #c2571a; --c: #1d7f5c; --d: #7d3fb5;
   --f: #b0308a; --g: #8a7400; --warn: #a35b00;
+  --h0: #2a0b54; --h1: #571a6e; --h2: #8a2672; --h3: #b93a66; --h4: #dd5b55; --h5: #f2884c;
+  --h6: #f9b862; --h7: #fae3a0;
+  --m0: #e8eefb; --m1: #c6d5f6; --m2: #9db6ee; --m3: #6f93e2; --m4: #4470d3; --m5: #2458c7;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ink: #e8e8e6; --soft: #a8adb5; --faint: #7c828b; --rule: #33363b; --paper: #17181a;
     --panel: #1f2124; --a: #7aa5ff; --b: #f0955a; --c: #5fc79d; --d: #c194ee;
     --f: #f08ac8; --g: #d6c04a; --warn: #e8a94b;
+    --h0: #fbe6a6; --h1: #f9b862; --h2: #f0834b; --h3: #d95a57; --h4: #b33a67; --h5: #842a70;
+    --h6: #55246c; --h7: #35214f;
+    --m0: #1c2536; --m1: #22345a; --m2: #2b4884; --m3: #3a62b4; --m4: #5682dc; --m5: #7aa5ff;
   }
 }
 * { box-sizing: border-box; }
@@ -135,6 +141,52 @@ th:last-child, td:last-child { padding-right: 0; }
 .legend i.b { background: var(--b); } .legend i.c { background: var(--c); }
 .legend i.d { background: var(--d); } .legend i.e { background: var(--faint); }
 .legend i.f { background: var(--f); } .legend i.g { background: var(--g); }
+.line.b { stroke: var(--b); } .line.c { stroke: var(--c); } .line.d { stroke: var(--d); }
+.line.f { stroke: var(--f); } .line.g { stroke: var(--g); } .line.e { stroke: var(--faint); }
+.chart text.name { font-weight: 600; fill: var(--a); }
+.chart text.name.b { fill: var(--b); } .chart text.name.c { fill: var(--c); }
+.chart text.name.d { fill: var(--d); } .chart text.name.f { fill: var(--f); }
+.chart text.name.g { fill: var(--g); } .chart text.name.e { fill: var(--faint); }
+.heats { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr));
+  gap: 14px 28px; margin: 16px 0; align-items: start; }
+.heat { width: 100%; height: auto; display: block; }
+.heat text { font: 10px system-ui, sans-serif; fill: var(--soft); }
+.heat text.title { font-weight: 600; fill: var(--ink); font-size: 11px; }
+.heat .none { fill: var(--panel); }
+.h0 { fill: var(--h0); } .h1 { fill: var(--h1); } .h2 { fill: var(--h2); } .h3 { fill: var(--h3); }
+.h4 { fill: var(--h4); } .h5 { fill: var(--h5); } .h6 { fill: var(--h6); } .h7 { fill: var(--h7); }
+.swatches i { width: 22px; height: 12px; border-radius: 0; vertical-align: -1px; }
+.swatches .h0 { background: var(--h0); } .swatches .h1 { background: var(--h1); }
+.swatches .h2 { background: var(--h2); } .swatches .h3 { background: var(--h3); }
+.swatches .h4 { background: var(--h4); } .swatches .h5 { background: var(--h5); }
+.swatches .h6 { background: var(--h6); } .swatches .h7 { background: var(--h7); }
+.small { font-size: 13px; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, 128px); gap: 14px 20px;
+  margin: 16px 0; }
+.pictures.small { grid-template-columns: repeat(auto-fill, 80px); gap: 10px 12px;
+  margin: 8px 0 18px; }
+.letter { font-weight: 700; } .letter.a { color: var(--a); } .letter.b { color: var(--b); }
+.letter.c { color: var(--c); } .letter.d { color: var(--d); } .letter.f { color: var(--f); }
+.letter.g { color: var(--g); } .letter.e { color: var(--faint); }
+.barred b { display: inline-block; min-width: 66px; font-weight: 400; }
+.narrow { max-width: 640px; }
+.barred .bar { width: 56px; margin-right: 6px; }
+.pictures figure { margin: 0; }
+.pictures img { width: 100%; display: block; image-rendering: pixelated; background: #000;
+  outline: 1px solid var(--rule); }
+.pictures figcaption { font-size: 12px; line-height: 1.35; color: var(--soft); margin-top: 4px; }
+.heads { width: auto; }
+.heads th { font: 12px ui-monospace, Menlo, Consolas, monospace; padding: 0 12px 0 0;
+  vertical-align: middle; border: 0; }
+.heads td { width: 20px; height: 20px; padding: 0; font-size: 10px; text-align: center;
+  vertical-align: middle; border: 1px solid var(--paper); color: var(--ink); }
+.m0 { background: var(--m0); } .m1 { background: var(--m1); } .m2 { background: var(--m2); }
+.m3 { background: var(--m3); } .m4 { background: var(--m4); } .m5 { background: var(--m5); }
+.heads .m4, .heads .m5 { color: var(--paper); }
+.ir { max-height: 440px; overflow: auto; font-size: 12px; }
+.films img.soft { image-rendering: auto; }
+.loop { max-width: 100%; min-width: min(100%, 480px); image-rendering: pixelated; margin: 10px 0; }
+.pictures.stills { grid-template-columns: repeat(3, minmax(0, 320px)); }
 .bar { width: 96px; height: 8px; display: inline-block; vertical-align: middle; }
 .bar-back { fill: var(--rule); } .bar-fill { fill: var(--a); }
 details { border-bottom: 1px solid var(--rule); padding: 8px 0; }
