@@ -25,6 +25,7 @@ COMMANDS = (
     "check",
     "report",
     "explain",
+    "search",
     "inspect",
     "passes",
     "recipes",

@@ -1,0 +1,262 @@
+"""What a choice costs before it is carried out: the bytes of the artifact's weights, and time.
+
+Bytes are exact. The transforms of a choice are put into a copy of the graph and folded, as
+``compile`` will; every weight that the program then reads is counted as it is, and that of a
+quantised linear as its kernel keeps it:
+
+========================= ============================================================
+kernel                    parameters of ``[N, K]`` with G groups
+========================= ============================================================
+int8_linear               codes i8[N, K], scale f32[N]
+packed_linear             codes u8[N, ⌈bits·K/8⌉], scale f32[N], multiplier i8[N, G]
+group, weight only        codes u8[N, ⌈bits·K/8⌉], scale f32[N, G]
+with zero points          + i32[N] (the two above), f32[N, G] (the last)
+asymmetric activations    + i32[N] (the two above): sums of codes
+========================= ============================================================
+
+Time is what ``explain`` predicts for the sites, and the transforms that stay online: reading and
+writing the input once, for a rotation also its products. Shapes: N outputs, K inputs of a linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from torch import Tensor, fx
+
+from vdqc.base.packing import packed_bytes
+from vdqc.base.scheme import GranularityKind, QuantScheme
+from vdqc.base.target import Target
+from vdqc.engine.pass_manager import Context
+from vdqc.ir.graph import Graph
+from vdqc.ir.peers import param_name
+from vdqc.ir.site import Site
+from vdqc.kernels.base import FLOAT_FORMAT, Cost
+from vdqc.kernels.int8_linear import INT8_LINEAR
+from vdqc.kernels.packed_linear import PACKED_LINEAR
+from vdqc.lowering.rules import linear_site
+from vdqc.lowering.select import KernelChoice, choose_site
+from vdqc.passes import fold, rotate, smooth
+
+
+@final
+@dataclass(frozen=True)
+class Way:
+    """One way of compressing a group: a scheme, and whether it is rotated, smoothed or both."""
+
+    scheme: str
+    rotated: bool = False
+    smoothed: bool = False
+
+    def __str__(self) -> str:
+        words = [word for word, on in (("rotate", self.rotated), ("smooth", self.smoothed)) if on]
+        return " ".join([self.scheme, *words])
+
+
+FLOAT = Way("none")
+
+
+@final
+@dataclass(frozen=True)
+class Transforms:
+    """What the passes would insert, by group: order of its rotation, scales [K] of its smoothing.
+
+    ``rotated_scales`` are the scales behind the rotation. A group that a pass leaves alone is
+    missing.
+    """
+
+    blocks: Mapping[str, int]
+    scales: Mapping[str, Tensor]
+    rotated_scales: Mapping[str, Tensor]
+
+
+@final
+@dataclass(frozen=True)
+class Bill:
+    """What one choice costs: bytes of all weights, predicted microseconds of one call."""
+
+    bytes: int
+    us: float
+
+
+@final
+class Account:
+    """Prices ways of the groups of one annotated graph on a target."""
+
+    def __init__(self, graph: Graph, target: Target, transforms: Transforms) -> None:
+        self._graph, self._target, self._transforms = graph, target, transforms
+        self._float_us = {
+            site.name: choose_site(graph, _with(site, "none"), target, planned=True).predicted_us
+            for site in graph.sites()
+        }
+        self._known: dict[tuple[str, str], tuple[KernelChoice, int]] = {}
+        self._stays: dict[Way, set[str]] = {}
+
+    @property
+    def float_us(self) -> float:
+        """Predicted time of all sites of the float model."""
+        return sum(self._float_us.values())
+
+    def quantised(self, site: Site, scheme: str) -> tuple[KernelChoice, int]:
+        """The kernel that ``site`` gets, and the bytes that its weight then takes."""
+        key = site.name, scheme
+        if key not in self._known:
+            choice = choose_site(self._graph, _with(site, scheme), self._target, planned=True)
+            rows, width = site.weight.meta["val"].shape
+            stored = kernel_bytes(choice.kernel, int(rows), int(width), QuantScheme.parse(scheme))
+            self._known[key] = choice, stored
+        return self._known[key]
+
+    def alone(self, groups: Sequence[Sequence[Site]], group: Sequence[Site], way: Way) -> Bill:
+        """What ``group`` adds to the float model, if others are transformed alike; may be less than
+        nothing.
+        """
+        if way == FLOAT:
+            return Bill(0, 0.0)
+        alike = replace(way, scheme="")
+        if alike not in self._stays:
+            self._stays[alike] = self._online_of(groups, alike)
+        signs, scale = (name in self._stays[alike] for name in _params(group[0]))
+        us = self._online_us(group, signs, scale)
+        extra = _value_bytes(group[0].input, last=True) * (signs + scale)
+        for site in group:
+            choice, stored = self.quantised(site, way.scheme)
+            extra += stored - _value_bytes(site.weight)
+            us += choice.predicted_us - self._float_us[site.name]
+        return Bill(extra, us)
+
+    def whole(self, ways: Sequence[tuple[Sequence[Site], Way]]) -> Bill:
+        """The exact bill of the whole model, with what ``fold`` takes away."""
+        chosen = [(group, way) for group, way in ways if way != FLOAT]
+        graph = self._graph.clone()
+        self._transform(graph, chosen)
+        kept = {site.name: self.quantised(site, w.scheme) for group, w in chosen for site in group}
+        stored = weight_bytes(graph, set(kept)) + sum(size for _, size in kept.values())
+        us = sum(kept[n][0].predicted_us if n in kept else t for n, t in self._float_us.items())
+        online = _online(graph)
+        for group, _ in chosen:
+            us += self._online_us(group, *(name in online for name in _params(group[0])))
+        return Bill(stored, us)
+
+    def _online_of(self, groups: Sequence[Sequence[Site]], way: Way) -> set[str]:
+        """Names of the transforms left online if every group that can has those of ``way``."""
+        made = self._transforms
+        scales = made.rotated_scales if way.rotated else made.scales
+        able = [
+            (group, way)
+            for group in groups
+            if (not way.rotated or group[0].name in made.blocks)
+            and (not way.smoothed or group[0].name in scales)
+        ]
+        graph = self._graph.clone()
+        self._transform(graph, able)
+        return _online(graph)
+
+    def _transform(self, graph: Graph, chosen: Sequence[tuple[Sequence[Site], Way]]) -> None:
+        """What ``rotate``, ``smooth`` and ``fold`` will do, but for computing any weight."""
+        with graph.edited_by("search"):  # fold knows what passes inserted by its origin
+            self._insert(graph, chosen)
+            ctx = Context()
+            fold.fold_rotations(graph, ctx)
+            fold.merge_scales(graph)
+            fold.fold_scales(graph, ctx)
+        graph.module.graph.eliminate_dead_code()
+
+    def _insert(self, graph: Graph, chosen: Sequence[tuple[Sequence[Site], Way]]) -> None:
+        made = self._transforms
+        sites = {site.name: site for site in graph.sites()}
+        for group, way in chosen:
+            if way.rotated:
+                own = [sites[site.name] for site in group]
+                rotate.rewrite(graph, own, made.blocks[group[0].name], 0)
+        for group, way in chosen:
+            if way.smoothed:
+                scales = made.rotated_scales if way.rotated else made.scales
+                smooth.rewrite(graph, [sites[site.name] for site in group], scales[group[0].name])
+
+    def _online_us(self, group: Sequence[Site], rotated: bool, smoothed: bool) -> float:
+        if not (rotated or smoothed):
+            return 0.0
+        problem = linear_site(self._graph, group[0]).problem
+        values, form = problem.m * problem.k, FLOAT_FORMAT[problem.dtype]
+        moved = 2.0 * values * problem.dtype.itemsize
+        block = self._transforms.blocks.get(group[0].name, 0)
+        us = Cost({form: 2.0 * values * block}, moved).us(self._target) if rotated else 0.0
+        return us + (Cost({}, moved, 0.0).us(self._target) if smoothed else 0.0)
+
+
+def _params(site: Site) -> tuple[str, str]:
+    """Names of the signs and of the scale of the group that ``site`` is first in."""
+    return param_name(site, "rotation_signs"), param_name(site, "smooth_inverse")
+
+
+def _online(graph: Graph) -> set[str]:
+    """Names of the parameters of transforms that are left after folding."""
+    nodes = [*fold.online_rotations(graph), *fold.online_scales(graph)]
+    params = [node.args[1] for node in nodes]
+    return {str(param.target) for param in params if isinstance(param, fx.Node)}
+
+
+def kernel_bytes(kernel: str, rows: int, width: int, scheme: QuantScheme) -> int:
+    """Bytes of the parameters that ``kernel`` keeps of a weight [rows, width]; see the module."""
+    spec, sums = scheme.weight, scheme.input is not None and not scheme.input.symmetric
+    assert spec is not None
+    groups = width // spec.granularity.size if spec.granularity.size else 1
+    if kernel == INT8_LINEAR.name:
+        return rows * (width + 4 + 4 * (not spec.symmetric) + 4 * sums)
+    codes = rows * packed_bytes(spec.dtype.bits, width)
+    if kernel == PACKED_LINEAR.name:
+        grouped = spec.granularity.kind is GranularityKind.GROUP
+        return codes + rows * (4 + groups * grouped + 4 * (not spec.symmetric) + 4 * sums)
+    return codes + rows * groups * (4 + 4 * (not spec.symmetric))
+
+
+def weight_bytes(graph: Graph, quantised: set[str]) -> int:
+    """Bytes of all weights that ``graph`` will read once constants are folded, each once.
+
+    Weights of the sites ``quantised`` are left out.
+    """
+    roots = set(fold.constant_roots(graph))
+    skipped = {site.node: site.weight for site in graph.sites() if site.name in quantised}
+    waiting, seen, read = [graph.output], set(), set()
+    total = 0
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "get_attr" or node in roots:
+            key = _memory(graph, node)
+            total += 0 if key in read else _value_bytes(node)
+            read.add(key)
+            continue
+        waiting.extend(o for o in node.all_input_nodes if o is not skipped.get(node))
+    return total
+
+
+def stored_bytes(graph: Graph) -> int:
+    """Bytes of all weights that ``graph`` reads as it is, each once."""
+    reads = (node for node in graph.nodes if node.op == "get_attr")
+    return sum({_memory(graph, node): _value_bytes(node) for node in reads}.values())
+
+
+def _memory(graph: Graph, node: fx.Node) -> Any:
+    """What tells one weight from another: tied ones are stored once."""
+    if node.op != "get_attr" or node.target in graph.stored:
+        return node
+    value = graph.param(str(node.target))
+    if not value.numel():
+        return node
+    return value.data_ptr(), tuple(value.shape), value.stride(), value.dtype
+
+
+def _with(site: Site, scheme: str) -> Site:
+    return replace(site, scheme=QuantScheme.parse(scheme))
+
+
+def _value_bytes(node: fx.Node, *, last: bool = False) -> int:
+    """Bytes of a value, or of one vector along its last axis."""
+    value = node.meta["val"]
+    return int(value.shape[-1] if last else value.numel()) * value.dtype.itemsize

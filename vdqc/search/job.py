@@ -1,0 +1,343 @@
+"""One model under search: what was measured and priced of it, and the choices made from that.
+
+Error: InputError where a limit cannot be reached; it names the least that can.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, final
+
+from vdqc.base.diagnostics import Diagnostics, InputError
+from vdqc.base.scheme import QuantScheme
+from vdqc.base.target import Target
+from vdqc.compiler import complete, weight_bytes
+from vdqc.engine.named import NamedRecipe
+from vdqc.engine.pass_manager import Context, PassManager
+from vdqc.engine.recipe import Recipe, parse_passes, parse_rule
+from vdqc.ir.graph import Graph
+from vdqc.ir.peers import quantised_groups
+from vdqc.ir.sample import Sample
+from vdqc.ir.site import Site, SiteKind
+from vdqc.lowering.lower import lower
+from vdqc.passes.sparsify import obstacle
+from vdqc.passes.table import PASSES
+from vdqc.search.budget import Budget, shown
+from vdqc.search.cost import FLOAT, Account, Bill, Way, stored_bytes
+from vdqc.search.results import Applied, Point
+from vdqc.search.sensitivity import Measured, mean_error, measure, outputs, spread
+from vdqc.search.solve import UNLIMITED, Axis, Option, solve, total
+from vdqc.search.writing import recipe_of
+from vdqc.text import decibel
+
+#: Samples that the whole model is run on.
+PROBES = 4
+#: Points of the front.
+POINTS = 10
+#: Densities that are tried, the least that keeps the floor is taken.
+DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7)
+#: How often a choice is made anew with what measuring the last one taught.
+_ROUNDS = 3
+
+_LEAST_ERROR: tuple[Axis, ...] = ("error", "bytes", "us")
+_LEAST_BYTES: tuple[Axis, ...] = ("bytes", "us", "error")
+_LEAST_TIME: tuple[Axis, ...] = ("us", "error", "bytes")
+
+Progress = Callable[[Any, str], Any]
+
+
+@final
+class Job:
+    """What was measured and priced of one model, and the choices made from it."""
+
+    def __init__(
+        self,
+        name: str,
+        captured: Graph,
+        samples: Sequence[Sample],
+        schemes: Sequence[QuantScheme],
+        target: Target,
+        diagnostics: Diagnostics,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.name, self.captured, self.samples = name, captured, samples
+        self.target, self.seed, self.progress = target, seed, progress
+        self.bytes_float = weight_bytes(captured)
+        self.probes = spread(samples, PROBES)
+        self.expected = outputs(captured, self.probes)
+        self.schemes = schemes
+        self._ctx = Context(samples, target, diagnostics, [parse_rule("w8a8")], seed, progress)
+        self.graph = captured.clone()
+        reading = parse_passes("canonicalize,annotate", PASSES)
+        PassManager(reading, probe=False).run(self.graph, self._ctx)
+        self.groups = quantised_groups(self.graph)
+        if not self.groups:
+            raise InputError("expected linears to quantise, found none", code="nothing-to-search")
+
+    def measure(self) -> None:
+        """Measure and price every way of every group: before anything is chosen."""
+        quantising = [scheme for scheme in self.schemes if not scheme.is_none]
+        self.measured: Measured = measure(self.graph, self._ctx, self.probes, quantising)
+        self.account = Account(self.graph, self.target, self.measured.transforms)
+        self.base: Bill = self.account.whole([])  # what options are added to
+        may_stay = any(scheme.is_none for scheme in self.schemes)
+        self.ways = [self._ways(group, may_stay) for group in self.groups]
+        self.options = [
+            [self._option(group, way) for way in ways]
+            for group, ways in zip(self.groups, self.ways, strict=True)
+        ]
+
+    def _ways(self, group: Sequence[Site], may_stay: bool) -> list[Way]:
+        """The ways of ``group`` that a kernel of the target runs."""
+        ways = [
+            way
+            for way in self.measured.local[group[0].name]
+            if not any(self.account.quantised(site, way.scheme)[0].fallback for site in group)
+        ]
+        if not ways and not may_stay:
+            reason = self.account.quantised(
+                group[0], next(iter(self.measured.local[group[0].name])).scheme
+            )
+            raise InputError(
+                f"no kernel of {self.target} runs any of the schemes: {reason[0].why}",
+                "name others with --schemes, or add none",
+                site=group[0].name,
+            )
+        return [*ways, FLOAT] if may_stay else ways
+
+    def _option(self, group: Sequence[Site], way: Way) -> Option:
+        name = group[0].name
+        error = 0.0 if way == FLOAT else self.measured.gain[name] * self.measured.local[name][way]
+        bill = self.account.alone(self.groups, group, way)
+        return Option(error, bill.bytes, bill.us)
+
+    # -- choosing -----------------------------------------------------------------------------
+
+    def choose(self, budget: Budget, apply: bool) -> tuple[Point, Applied | None]:
+        """The best point within ``budget``, carried out if ``apply``."""
+        limits, order = self.limits(budget), self.order(budget)
+        self._check_reachable(budget, limits)
+        point = self.best(limits, order)
+        if point is None:
+            raise InputError(*self._out_of_reach(budget, limits), code="budget")
+        if not apply:
+            return point, None
+        applied = self.apply(point)
+        if budget.floor_db is None or order is _LEAST_ERROR:
+            return point, applied
+        found = point, applied
+        for _ in range(_ROUNDS - 1):
+            if point.error <= 0:
+                break
+            ratio = applied.error / point.error  # what independence and one gain leave out
+            limit = budget.floor_error / ratio
+            again = self.best(replace(limits, error=limit), order)
+            if again is None or again.ways == point.ways:
+                break
+            point, applied = again, self.apply(again)
+            kept = found[1].error <= budget.floor_error
+            better = point.bytes < found[0].bytes if kept else applied.error < found[1].error
+            if better and (not kept or applied.error <= budget.floor_error):
+                found = point, applied
+        return found
+
+    def limits(self, budget: Budget) -> Option:
+        """``budget`` in bytes, microseconds and relative squared error of the whole model."""
+        return Option(
+            budget.floor_error,
+            math.inf if budget.size is None else budget.size.of(self.bytes_float),
+            math.inf if budget.time is None else budget.time.of(self.account.float_us),
+        )
+
+    def order(self, budget: Budget) -> tuple[Axis, ...]:
+        """A budget is spent on quality; a floor alone is reached with the fewest bytes."""
+        return _LEAST_BYTES if budget.size is None and budget.time is None else _LEAST_ERROR
+
+    def best(self, limits: Option, order: Sequence[Axis] = _LEAST_ERROR) -> Point | None:
+        """The best choice whose exact bill keeps to ``limits``; None if there is none.
+
+        What ``fold`` takes away depends on neighbours, so a choice is priced as a whole and the
+        solver's limits are moved by what that differs from its sums, until they agree.
+        """
+        room = Option(limits.error, limits.bytes - self.base.bytes, limits.us - self.base.us)
+        for _ in range(2 * _ROUNDS):
+            choice = solve(self.options, room, order)
+            if choice is None:
+                return None
+            sums = total(self.options, choice)
+            point = self.point(choice)
+            over = point.bytes - limits.bytes, point.us - limits.us * (1 + 1e-9)
+            if max(over) <= 0:
+                return point
+            # the sum that was over is the least bound that still lets others in
+            room = replace(
+                room,
+                bytes=sums.bytes - max(over[0], 1) if over[0] > 0 else room.bytes,
+                us=sums.us - over[1] if over[1] > 0 else room.us,
+            )
+        return None
+
+    def point(self, choice: Sequence[int]) -> Point:
+        """The choice of these options, with its exact bill."""
+        ways = tuple(own[i] for own, i in zip(self.ways, choice, strict=True))
+        bill = self.account.whole(list(zip(self.groups, ways, strict=True)))
+        return Point(ways, total(self.options, choice).error, bill.bytes, bill.us)
+
+    def front(self, budget: Budget, chosen: Point) -> tuple[Point, ...]:
+        """Least error for sizes from the least to the float model's, or for times if only those
+        are limited; what else the budget says holds for all of them.
+        """
+        by_time = budget.size is None and budget.time is not None
+        axis: Axis = "us" if by_time else "bytes"
+        rest = replace(self.limits(budget), error=math.inf, **{axis: math.inf})
+        least = self.best(rest, _LEAST_TIME if by_time else _LEAST_BYTES)
+        most = self.best(rest)
+        if least is None or most is None:
+            return (chosen,)
+        low, high = getattr(least, axis), getattr(most, axis)
+        found = {point.ways: point for point in (least, most, chosen)}
+        steps = range(1, POINTS - 1) if high > low > 0 else ()
+        for step in self.progress(steps, "front"):
+            amount = low * (high / low) ** (step / (POINTS - 1))
+            point = self.best(replace(rest, **{axis: amount}))
+            if point is not None:
+                found[point.ways] = point
+        return tuple(sorted(found.values(), key=lambda p: (getattr(p, axis), p.error)))
+
+    # -- refusing -----------------------------------------------------------------------------
+
+    def _check_reachable(self, budget: Budget, limits: Option) -> None:
+        """Raise InputError naming the least that one limit alone can be brought to."""
+        for key, axis, whole in (
+            ("size", "bytes", self.bytes_float),
+            ("time", "us", self.account.float_us),
+        ):
+            limit = getattr(limits, axis)
+            if math.isinf(limit):
+                continue
+            order: tuple[Axis, ...] = _LEAST_TIME if key == "time" else _LEAST_BYTES
+            least = self.best(UNLIMITED, order)
+            assert least is not None
+            if getattr(least, axis) > limit:
+                raise InputError(
+                    f"{key} {shown(key, limit, whole)} cannot be reached: the least is "
+                    f"{shown(key, getattr(least, axis), whole)}",
+                    f"with the schemes {least.mix}; name narrower ones with --schemes",
+                    code="budget",
+                )
+        best = self.best(UNLIMITED)
+        assert best is not None
+        if best.error > limits.error:
+            raise InputError(
+                f"an SQNR of {budget.floor_db:g} dB cannot be reached: the best is predicted at "
+                f"{best.sqnr_db:.1f} dB",
+                "name wider schemes with --schemes, or none",
+                code="floor",
+            )
+
+    def _out_of_reach(self, budget: Budget, limits: Option) -> tuple[str, str]:
+        """Why limits that can each be reached cannot be reached together, and what could be."""
+        best = self.best(replace(limits, error=math.inf))
+        if best is not None:
+            return (
+                f"an SQNR of {budget.floor_db:g} dB cannot be reached within the budget: the best "
+                f"is predicted at {best.sqnr_db:.1f} dB",
+                "lower the floor, or spend more",
+            )
+        fastest = self.best(replace(limits, error=math.inf, us=math.inf), _LEAST_TIME)
+        assert fastest is not None
+        return (
+            "size and time can each be reached, but not together: at that size the least time is "
+            + shown("time", fastest.us, self.account.float_us),
+            "raise one of them, or name other schemes with --schemes",
+        )
+
+    # -- carrying out -------------------------------------------------------------------------
+
+    def recipe(self, point: Point, about: str = "", after: Sequence[str] = ()) -> NamedRecipe:
+        """The recipe of ``point``."""
+        names = [[site.name for site in group] for group in self.groups]
+        inside = {site for group in names for site in group}
+        others = [s.name for s in self.graph.sites(kind=SiteKind.LINEAR) if s.name not in inside]
+        ways = list(zip(names, point.ways, strict=True))
+        return recipe_of(ways, others, name=f"{self.name}-search", about=about, after=after)
+
+    def apply(
+        self, point: Point, after: Sequence[str] = (), diagnostics: Diagnostics | None = None
+    ) -> Applied:
+        """Carry ``point`` out on a copy of the graph, as ``compile`` will."""
+        said = Diagnostics() if diagnostics is None else diagnostics
+        recipe = self.recipe(point, after=after)
+        plan = complete(Recipe.parse(recipe.pass_list, PASSES, recipe.scheme))
+        graph = self.captured.clone()
+        ctx = Context(self.samples, self.target, said, plan.rules, self.seed, self.progress)
+        PassManager(plan.passes, probe=False).run(graph, ctx)
+        error = mean_error(outputs(graph, self.probes), self.expected)
+        attention = {site.name for site in graph.sites(kind=SiteKind.ATTENTION)}
+        choices = lower(graph, self.target, Diagnostics(), progress=self.progress)
+        us = sum(choice.predicted_us for choice in choices if choice.site in attention)
+        return Applied(error, stored_bytes(graph), us)
+
+    def thin_out(
+        self, budget: Budget, point: Point, dense: Applied
+    ) -> tuple[float, Applied] | None:
+        """The least density of attention over frames that keeps to the budget's floor, carried out.
+
+        None if ``point`` leaves no room for it. Halves ``DENSITIES`` at every try.
+        """
+        low, high = 0, len(DENSITIES)
+        found: tuple[float, Applied] | None = None
+        while low < high and dense.error <= budget.floor_error:
+            middle = (low + high) // 2
+            density, said = DENSITIES[middle], Diagnostics()
+            try:
+                applied = self.apply(point, [sparsify_text(density)], said)
+                thinned = all(entry.code != "samples-too-small" for entry in said)
+            except InputError as error:  # the frames of these samples allow no mask so thin
+                if error.diagnostic.code != "density":
+                    raise
+                thinned = False
+            if thinned and applied.error <= budget.floor_error:
+                high, found = middle, (density, applied)
+            else:
+                low = middle + 1
+        return found
+
+    def check_attention(self) -> None:
+        """Raise InputError if no attention can be thinned out, with the reason of the first."""
+        reasons = [obstacle(site) for site in self.graph.sites(kind=SiteKind.ATTENTION)]
+        if any(not reason for reason in reasons):
+            return
+        first = next((reason[1] for reason in reasons if reason), "the model has none")
+        raise InputError(f"--density: no attention spans the frames of a video: {first}")
+
+    def missed(self, budget: Budget, applied: Applied) -> list[str]:
+        """What ``applied`` does not reach."""
+        limits, found = self.limits(budget), []
+        if applied.error > limits.error:
+            found.append(
+                f"measured SQNR {applied.sqnr_db:.1f} dB is below the floor of "
+                f"{budget.floor_db:g} dB"
+            )
+        if applied.bytes > limits.bytes:
+            found.append(
+                f"measured size {shown('size', applied.bytes, self.bytes_float)} is over the budget"
+            )
+        return found
+
+    def about(self, budget: Budget, point: Point, applied: Applied | None) -> str:
+        """One sentence for the recipe: the budget, what was predicted and what was measured."""
+        text = (
+            f"Searched for {self.name} on {self.target} with {budget.text}: predicted "
+            f"{shown('size', point.bytes, self.bytes_float)}, "
+            f"{shown('time', point.us, self.account.float_us)}, SQNR {decibel(point.sqnr_db)}"
+        )
+        return f"{text}; measured {decibel(applied.sqnr_db)}." if applied else f"{text}."
+
+
+def sparsify_text(density: float) -> str:
+    """The pass that thins attention out to ``density``, spent where it saves most error."""
+    return f"sparsify{{density={density:g},budget=calibrated}}"
