@@ -33,14 +33,13 @@ from torch.utils import _pytree as pytree
 from vdqc.base import numerics
 from vdqc.base.block_mask import blocks, kept_blocks
 from vdqc.base.sparsity import MaskPolicy
-from vdqc.ir.graph import block_name
+from vdqc.ir.graph import block_name, block_of
 from vdqc.ir.site import note
 from vdqc.observe import observed, produced_sites, programs_of
 
 #: Elements of a value that are compared.
 LIMIT = 1 << 16
 _WEIGHTED = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-_BLOCK = re.compile(r"(?:^|.*?\.)\w+\.\d+(?=\.|$)")
 _HALVES = re.compile(r"halves\{(\d+)\}")
 _MASK = "video_mask"
 
@@ -211,12 +210,6 @@ def _place(node: fx.Node, name: str) -> _Place:
         return _Place(name, block, kind, int(halves[1]))
     why = f"its output is {basis} for what reads it, which undoes that" if basis else ""
     return _Place(name, block, kind, 0, why)
-
-
-def block_of(path: str) -> str:
-    """The outermost child of a ModuleList on a module path, or ""."""
-    match = _BLOCK.match(path)
-    return match[0] if match else ""
 
 
 def _basis_of_value(node: fx.Node | None) -> str:

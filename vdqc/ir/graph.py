@@ -394,9 +394,15 @@ _BLOCK = re.compile(r"(?:^|.*?\.)\w+\.\d+(?=\.|$)")
 def block_name(node: fx.Node) -> str:
     """Name of the outermost ModuleList child that ``node`` was captured in, or ""."""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        if match := _BLOCK.match(str(path)):
-            return match[0]
+        if name := block_of(str(path)):
+            return name
     return ""
+
+
+def block_of(path: str) -> str:
+    """Name of the outermost ModuleList child on a module path (a site's name is one), or ""."""
+    match = _BLOCK.match(path)
+    return match[0] if match else ""
 
 
 def module_path(node: fx.Node) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vdqc.check import CheckResult
+from vdqc.ir.graph import block_of
 from vdqc.observe import SiteTime
 from vdqc.report import charts
 from vdqc.report.data import ReportData, weighted_bits
 from vdqc.report.page import Html, section, table, tag
-from vdqc.site_errors import block_of
 from vdqc.sites import SiteRow
 from vdqc.text import duration, size
 

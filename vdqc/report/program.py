@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vdqc.base.diagnostics import ConfigError, nearest
+from vdqc.ir.graph import block_of
 from vdqc.report import charts
 from vdqc.report.data import ReportData
 from vdqc.report.page import Html, details, section, table, tag
-from vdqc.site_errors import block_of
 from vdqc.text import count, decibel, duration
 
 #: Lines of a block's text that the page holds, and messages of one code.
