@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from vdqc.base.numerics import plane_parts, quantize
+from vdqc.base.numerics import by_rows, plane_parts, quantize
 from vdqc.base.packing import pack
 from vdqc.base.scheme import GranularityKind, QuantSpec
 from vdqc.ir.finished import Piece, tensor_hash
@@ -32,7 +32,7 @@ def weight_codes(graph: Graph, weight: Operand) -> tuple[Tensor, Tensor, Tensor 
     assert weight.scale is not None
     scale = graph.evaluate(weight.scale)
     zero_point = None if weight.zero_point is None else graph.evaluate(weight.zero_point)
-    codes = quantize(graph.evaluate(weight.value), scale, zero_point, weight.spec)
+    codes = by_rows(quantize, graph.evaluate(weight.value), scale, zero_point, weight.spec)
     return codes, scale, zero_point
 
 

@@ -349,7 +349,7 @@ def measured(
 ) -> dict[str, Any]:
     """SQNR, bytes and bits of float[N, K] quantised so."""
     stored = stored_bytes(weight, scale, zero_point, spec)
-    quantised = numerics.fake_quantize(weight, scale, zero_point, spec)
+    quantised = numerics.by_rows(numerics.fake_quantize, weight, scale, zero_point, spec)
     return {
         "sqnr_db": round(numerics.sqnr_db(quantised, weight), 2),
         "weights": weight.numel(),

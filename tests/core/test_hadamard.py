@@ -108,3 +108,14 @@ def test_signs_are_a_function_of_the_seed() -> None:
 )
 def test_largest_order(limit: int, divides: int, expected: int) -> None:
     assert hadamard.largest_order(limit, divides) == expected
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_weight_rotated_in_pieces_is_the_whole_one(
+    inverse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, signs = torch.randn(33, 96), hadamard.random_signs(96, 0)
+    whole = hadamard.rotate(x, signs, 32, inverse)
+    monkeypatch.setattr(hadamard, "_PIECE", 5 * 96)
+    pieces = hadamard.rotate(x, signs, 32, inverse)
+    assert relative_error(pieces, whole) <= TOLERANCE[torch.float32]

@@ -148,3 +148,19 @@ def test_a_percentile_range_holds_its_share(percentile: float) -> None:
 def test_a_percentile_outside_its_range_is_refused() -> None:
     with pytest.raises(InputError, match="expected a percentile"):
         ranges.percentile_range(torch.ones(3), 20.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["int4/channel", "int4/group16", "int4/group16/asym", "int4/channel/asym", "int8/tensor"],
+)
+def test_pieces_of_rows_have_the_bits_of_the_whole(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, x = QuantSpec.parse(text), torch.randn(33, 64).bfloat16()
+    scale, zero = numerics.scale_from_range(*numerics.value_range(x, spec), spec)
+    for function in (numerics.quantize, numerics.fake_quantize):
+        whole = function(x, scale, zero, spec)
+        with monkeypatch.context() as patch:
+            patch.setattr(numerics, "_CHUNK", 5 * 32)
+            assert torch.equal(numerics.by_rows(function, x, scale, zero, spec), whole)

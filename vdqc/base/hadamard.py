@@ -21,6 +21,10 @@ from vdqc.base.diagnostics import InputError
 #: Largest order that is applied as one dense matmul; a larger one is split into two factors.
 DENSE_LIMIT = 256
 
+#: Values of a matrix on the CPU that are rotated at a time: they stay in a core's cache (measured,
+#: a bfloat16 weight of 5120 x 2560: 600 MB/s instead of 158).
+_PIECE = 2**17
+
 
 def is_order(order: int) -> bool:
     """True if ``hadamard(order)`` can be constructed here."""
@@ -108,12 +112,19 @@ def rotate(x: Tensor, signs: Tensor, block: int, inverse: bool = False) -> Tenso
     left, right = (hadamard(order).to(x.device, compute) for order in pair)
     if inverse:
         left, right = left.T, right.T
-    value = x.to(compute) if inverse else x.to(compute) * signs
-    value = value.reshape(*x.shape[:-1], width // block, *pair) @ right
-    if pair[0] > 1:
-        value = left.T @ value
-    value = value.reshape(x.shape).mul_(block**-0.5)
-    return (value.mul_(signs) if inverse else value).to(x.dtype).contiguous()
+
+    def rotated(part: Tensor) -> Tensor:
+        value = part.to(compute) if inverse else part.to(compute) * signs
+        value = value.reshape(*part.shape[:-1], width // block, *pair) @ right
+        if pair[0] > 1:
+            value = left.T @ value
+        value = value.reshape(part.shape).mul_(block**-0.5)
+        return (value.mul_(signs) if inverse else value).to(x.dtype).contiguous()
+
+    rows = max(1, _PIECE // width)
+    if x.ndim != 2 or len(x) <= rows or x.requires_grad or x.device.type != "cpu":
+        return rotated(x)
+    return torch.cat([rotated(part) for part in x.split(rows)])
 
 
 def _paley_field(q: int, residue: int) -> tuple[int, int] | None:
