@@ -24,6 +24,7 @@ Online: 2·R·(K + N) operations a token beside the 2·K·N of the linear.
 from __future__ import annotations
 
 import enum
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -195,10 +196,9 @@ class Split(Pass):
         if self.gain is Gain.NONE:
             layouts = dict.fromkeys(layouts)
         gains = observed_gains(graph, sites, layouts, ctx, ones=self.gain is Gain.ONES)
-        generator = torch.Generator().manual_seed(ctx.seed)
         sizes, facts = size_builder(graph), {}
         for site in ctx.progress(sites, "split"):
-            beta, alpha = self.estimator(graph, site, generator)
+            beta, alpha = self.estimator(graph, site, ctx.seed)
             nodes = self.factors(graph, site, beta, alpha)
             gain, layout = gains.get(site.name), layouts[site.name]
             facts[site.name] = size_facts(beta, alpha)
@@ -222,9 +222,7 @@ class Split(Pass):
             facts[site.name]["gain"] = [round(float(m), 3) for m in gain]
         return facts
 
-    def estimator(
-        self, graph: Graph, site: Site, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def estimator(self, graph: Graph, site: Site, seed: int) -> tuple[Tensor, Tensor]:
         """(beta [N, 1], alpha [1, K]) of tqe."""
         rows, width = site.weight.meta["val"].shape
         dtype = site.weight.meta["val"].dtype
@@ -233,6 +231,8 @@ class Split(Pass):
             up, down = leading_factors((weight - quantised).float(), 1)
             return up.to(dtype), down.to(dtype)
         bound = (6 / width) ** 0.5  # Kaiming: uniform, gain sqrt(2)
+        # the name takes part: what a site starts from does not depend on which others are split
+        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(site.name.encode()))
         alpha = (2 * torch.rand(1, width, generator=generator) - 1) * bound
         return torch.zeros(rows, 1, dtype=dtype), alpha.to(dtype)
 
