@@ -3,10 +3,13 @@
     python benchmarks/compile_time.py --model wan-1.3b --layers 12 --passes rotate,smooth,quant
     python benchmarks/compile_time.py --model wan-14b --layers 5 10 20 40 --passes rotate,quant \\
         --scheme w4a8 --mapped --work /path/with/70GB
+    python benchmarks/compile_time.py --model wan-14b --layers 40 --passes rotate,quant \\
+        --scheme w4a8 --mapped --kill 10 --work /path/with/70GB
 
 Weights are random and written as safetensors shards, one per block, so that a model larger than
 memory is really read from disk. Each size is compiled in a process of its own; results go to
-``benchmarks/results/cpu/compile_time.json``.
+``benchmarks/results/cpu/compile_time.json``. ``--kill N`` then compiles each size once more, kills
+that N times with SIGKILL at random moments, resumes, and compares every file with the first one.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +38,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "compile_time.js
 WAN: dict[str, dict[str, Any]] = {
     "wan-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960},
     "wan-14b": {"num_attention_heads": 40, "ffn_dim": 13824},
+    "narrow": {"num_attention_heads": 4, "ffn_dim": 2048, "text_dim": 512},  # to try this out
 }
 
 
@@ -104,7 +110,7 @@ def compile_once(folder: Path, out: Path, passes: str, scheme: str, mapped: bool
 
     start, cpu_start = time.perf_counter(), time.process_time()
     artifact = vdqc.compile(
-        folder, passes=passes, scheme=scheme, target="cpu", out=out, mapped=mapped
+        folder, passes=passes, scheme=scheme, target="cpu", out=out, mapped=mapped, force=True
     )
     seconds = time.perf_counter() - start
     manifest = json.loads((Path(artifact.path) / "manifest.json").read_text())
@@ -118,16 +124,71 @@ def compile_once(folder: Path, out: Path, passes: str, scheme: str, mapped: bool
 
 
 def measure(arguments: argparse.Namespace, layers: int, work: Path) -> dict[str, Any]:
-    """Write the model, compile it in a fresh process, delete both."""
+    """Write the model, compile it in a fresh process, perhaps again under kills, delete all."""
     folder, out = work / "model", work / "out"
     size = write_random_model(folder, wan_config(arguments.model, layers))
     command = [sys.executable, __file__, "--child", str(folder), str(out)]
     command += ["--passes", arguments.passes, "--scheme", arguments.scheme]
     command += ["--mapped"] if arguments.mapped else []
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    row = {"layers": layers, "weight_bytes": size, **json.loads(result.stdout.splitlines()[-1])}
+    row["mb_per_second"] = round(size / 1e6 / row["seconds"], 1)
+    if arguments.kill:
+        expected = files_of(out)
+        shutil.rmtree(out)
+        row["killed"] = killed(command, arguments.kill, row)
+        row["killed"]["identical"] = files_of(out) == expected
     shutil.rmtree(folder)
     shutil.rmtree(out)
-    return {"layers": layers, "weight_bytes": size, **json.loads(result.stdout.splitlines()[-1])}
+    return row
+
+
+def files_of(out: Path) -> dict[str, Any]:
+    """Size and hash of every file but the report, which tells how long each pass took."""
+    files: dict[str, Any] = json.loads((out / "manifest.json").read_text())["files"]
+    return {name: entry for name, entry in files.items() if name != "report.html"}
+
+
+def killed(command: list[str], times: int, whole: dict[str, Any]) -> dict[str, Any]:
+    """Run ``command``, kill it ``times`` at random moments, and run it to the end.
+
+    A run that is killed first builds the graph again; the moments are drawn so that about 0.8 of
+    the work behind that is done when the last kill comes.
+    """
+    moments = random.Random(0)
+    start = whole["passes"]["capture"] + 10
+    mean = start + 0.8 * max(0.0, whole["seconds"] - start) / times
+    begin, kills, peak = time.perf_counter(), 0, 0
+    ended = False
+    while not ended:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if kills < times:
+            ended = _waits(process, moments.uniform(0, 2 * mean))
+            kills += not ended
+            os.kill(process.pid, signal.SIGKILL)  # Popen.kill would reap one that has ended
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        ended = process.returncode == 0
+        if process.returncode > 0:
+            raise RuntimeError(f"the resumed compilation failed: {' '.join(command)}")
+        peak = max(peak, used.ru_maxrss)
+    seconds = time.perf_counter() - begin
+    print(f"killed {kills} times, {seconds:.1f} s in all", flush=True)
+    return {
+        "kills": kills,
+        "seconds": round(seconds, 1),
+        "peak_rss_gib": round(peak / 2**20, 2),
+    }
+
+
+def _waits(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """True if ``process`` ends within ``seconds``; it is not reaped."""
+    limit = time.perf_counter() + seconds
+    while time.perf_counter() < limit:
+        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def main() -> None:
@@ -138,13 +199,15 @@ def main() -> None:
     parser.add_argument("--passes", default="rotate,smooth,quant")
     parser.add_argument("--scheme", default="w8a8")
     parser.add_argument("--mapped", action="store_true", help="stream the weights from disk")
+    parser.add_argument("--kill", type=int, default=0, metavar="N", help="kill and resume N times")
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.kill and not arguments.mapped:
+        parser.error("--kill needs --mapped: only a streamed compilation is resumed")
     if arguments.child:
-        result = compile_once(
-            *arguments.child, arguments.passes, arguments.scheme, arguments.mapped
-        )
+        folder, out = arguments.child
+        result = compile_once(folder, out, arguments.passes, arguments.scheme, arguments.mapped)
         print(json.dumps(result))
         return
     rows = []
@@ -155,9 +218,11 @@ def main() -> None:
         print(
             f"{arguments.model} {layers:3d} layers  {row['weight_bytes'] / 2**30:6.1f} GiB"
             f"  {row['seconds']:7.1f} s, processor {row['cpu_seconds']:7.1f} s"
-            f"  peak {row['peak_rss_gib']:5.2f} GiB",
+            f"  peak {row['peak_rss_gib']:5.2f} GiB  {row['mb_per_second']:6.1f} MB/s of weights",
             flush=True,
         )
+        if "killed" in row:
+            print(f"killed: {row['killed']}", flush=True)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     key = f"{arguments.model} {arguments.passes} {arguments.scheme}"
@@ -171,6 +236,8 @@ def main() -> None:
         "rows": sorted([*kept, *rows], key=lambda row: row["layers"]),
     }
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+    if not all(row.get("killed", {}).get("identical", True) for row in rows):
+        sys.exit("a resumed artifact differs from one that was not interrupted")
 
 
 if __name__ == "__main__":

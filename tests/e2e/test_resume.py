@@ -1,6 +1,7 @@
 """A streamed compilation that is killed, starved of disk or split over workers: the same bits."""
 
 import errno
+import functools
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from torch import nn
 import vdqc
 from vdqc import compiler
 from vdqc.base.diagnostics import ArtifactError, Diagnostics, VdqcError
+from vdqc.engine.pass_manager import PassRecord
 from vdqc.ir import artifact, finished, staging
 from vdqc.ir.finished import Finished, Piece, shares
 from vdqc.ir.folder import parameters_on_meta
@@ -29,6 +31,7 @@ from vdqc.ir.graph import Graph
 from vdqc.ir.resume import partial_folder, resumable
 from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source
+from vdqc.ir.weight_files import write_file
 from vdqc.ir.weights import stored_folder
 
 WIDTH = 32
@@ -64,7 +67,7 @@ def streamed(captured: tuple[Source, Graph], monkeypatch: pytest.MonkeyPatch) ->
 
     def fresh(*_: object) -> Any:
         twin = graph.clone()
-        return twin, compiler.PassRecord("capture", True, twin.stage, 0.0, 1)
+        return twin, PassRecord("capture", True, twin.stage, 0.0, 1)
 
     monkeypatch.setattr(compiler, "as_source", lambda *_: source)
     monkeypatch.setattr(compiler, "capture_source", fresh)
@@ -162,7 +165,7 @@ def test_killed_at_any_file_it_resumes_to_the_same_bits(
 
     kills = 0
     for count in (1, 2, 4, 9, 14, 3, 17, 23):
-        kills += status(in_fork(lambda count=count: work(count))) == -signal.SIGKILL
+        kills += status(in_fork(functools.partial(work, count))) == -signal.SIGKILL
         if out.exists():  # the last sync is behind the move
             break
     assert kills >= 6
@@ -227,7 +230,11 @@ def test_another_run_starts_anew(
     if change == "file":
         found = (folder / "model.safetensors").stat()
         os.utime(folder / "model.safetensors", ns=(found.st_atime_ns, found.st_mtime_ns + 1))
-    options = {"seed": {"seed": 7}, "scheme": {"scheme": "w8a8"}, "fresh": {"fresh": True}}
+    options: dict[str, dict[str, Any]] = {
+        "seed": {"seed": 7},
+        "scheme": {"scheme": "w8a8"},
+        "fresh": {"fresh": True},
+    }
     made = compiled(interrupted, diagnostics=diagnostics, **options.get(change, {}))
     assert opened[0].taken == 0
     assert (made == whole) == (change in ("fresh", "file"))
@@ -284,7 +291,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, *args)
 
-    write = finished.write_file
+    write = write_file
     with monkeypatch.context() as patch:
         for module in (finished, artifact):
             patch.setattr(module, "write_file", full)
