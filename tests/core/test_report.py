@@ -14,6 +14,7 @@ import torch
 from vdqc import report
 from vdqc.base.diagnostics import ConfigError, InputError
 from vdqc.check import CheckResult
+from vdqc.ir.graph import block_of
 from vdqc.report import charts, heat, png
 from vdqc.report.mask_data import picture, policy_pictures
 from vdqc.report.page import Html, tag
@@ -90,6 +91,20 @@ def test_a_block_is_chosen_by_name():
     assert "# site blocks.1.ffn.net.2" not in page.partition("before and after")[2]
     with pytest.raises(ConfigError, match=r"did you mean 'blocks\.1'"):
         report.render(data, block="block.1")
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("blocks.3.attn1.to_q", "blocks.3"),
+        ("blocks.3:attention", "blocks.3"),
+        ("unet.down.0.attn.1:attention#2", "unet.down.0"),
+        ("proj_out", ""),
+        ("embedder.linear_1", ""),
+    ],
+)
+def test_the_block_of_a_site_is_in_its_name(name, block):
+    assert block_of(name) == block
 
 
 def test_lines_of_a_block_hold_all_of_its_sites_and_no_other():

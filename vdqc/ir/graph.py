@@ -400,8 +400,8 @@ def block_name(node: fx.Node) -> str:
 
 
 def block_of(path: str) -> str:
-    """Name of the outermost ModuleList child on a module path (a site's name is one), or ""."""
-    match = _BLOCK.match(path)
+    """Name of the outermost ModuleList child on a module path, or of a site's name, or ""."""
+    match = _BLOCK.match(path.partition(":")[0])
     return match[0] if match else ""
 
 

@@ -125,7 +125,7 @@ def _place(error: SiteError) -> tuple[str, str]:
     if not error.block:
         return "", error.name
     stem, _, index = error.block.rpartition(".")
-    rest = error.name.removeprefix(error.block).lstrip(".") or "output of the block"
+    rest = error.name.removeprefix(error.block).lstrip(".:") or "output of the block"
     return f"{stem} {rest}", index
 
 

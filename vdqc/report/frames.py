@@ -21,6 +21,8 @@ from vdqc.text import count, decibel, size
 STRIP, LOOP = 1200, 720
 #: Strips wider than that are smoothed when they are fitted to the page; pixels of others are shown.
 SOFT = 700
+#: Screen pixels of a pixel of a strip, at most.
+LARGEST = 8
 #: Bytes of the loop; it is made smaller until it fits.
 LOOP_BYTES = 1_200_000
 #: Videos that are shown, and how many of them without unfolding.
@@ -84,7 +86,10 @@ def _film(panes: list[tuple[str, Tensor]], index: int) -> Html:
         picture = png.strip(_shrunk(video, STRIP // min(12, max(1, video.shape[1]))), 12)
         fine = ' class="soft"' if picture.shape[-1] > SOFT else ""
         uri = png.data_uri(picture)
-        image = Html(f'<img{fine} alt="video {index}: {name}" src="{uri}"/>')
+        width = LARGEST * picture.shape[-1]
+        image = Html(
+            f'<img{fine} style="max-width: {width}px" alt="video {index}: {name}" src="{uri}"/>'
+        )
         cells += [tag("div", name), tag("div", image)]
     return tag("div", *cells, class_="films")
 
