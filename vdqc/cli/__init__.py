@@ -24,6 +24,7 @@ COMMANDS = (
     "run",
     "check",
     "report",
+    "bisect",
     "explain",
     "search",
     "inspect",
