@@ -21,13 +21,14 @@ DIGITS = EXAMPLES / "digits" / "model.py"
 #: Recorded trajectories; each has as many calls as the sampler has steps.
 TRAJECTORIES = 6
 #: How much of a generation each holds, by name of the example: videos, images, scenes.
-RECORDED = {"digits": 1, "digits_unet": 2}
+RECORDED = {"digits": 1, "digits_unet": 2, "views": 16}
 
 
 def record_calls(source: Source, folder: Path) -> None:
     """Keep calls along the model's own trajectories, on a part of a generation each.
 
-    A sampler's calls hold its unconditional half, too.
+    A sampler's calls hold its unconditional half, too. The views model has no sampler: its calls
+    look at scenes, four at a time.
     """
     assert source.generate is not None
     sample = source.generate.__globals__["sample"]
@@ -88,4 +89,9 @@ def unet() -> Source:
     return load_source(EXAMPLES / "digits_unet" / "model.py")
 
 
-SOURCES = {"digits": digits, "planted": planted, "unet": unet}
+def views() -> Source:
+    """The views model: QuantVGGT's kind. Its generation is depth and points of held-out scenes."""
+    return load_source(EXAMPLES / "views" / "model.py")
+
+
+SOURCES = {"digits": digits, "planted": planted, "unet": unet, "views": views}

@@ -48,3 +48,39 @@ def test_digits_unet_draws_the_digit_that_is_asked_for(tmp_path: Path) -> None:
 
     wrong = own["sample"](source.model, digits.roll(1), 0, steps=10)
     assert (own["read"](wrong) == digits).sum() <= 1  # the label decides, not the noise
+
+
+def test_views_finds_poses_and_depth(tmp_path: Path) -> None:
+    source, own = example("views")
+    seen = own["generate"](source.model, 0)
+    pose, depth = own["accuracy"](seen, 0), own["depth_accuracy"](seen, 0)
+    assert pose >= 0.6
+    assert depth >= 0.9
+
+    again = own["generate"](compiled(source, tmp_path), 0)
+    assert own["accuracy"](again, 0) >= pose - 0.03
+    assert own["depth_accuracy"](again, 0) >= depth - 0.01
+
+    other = own["generate"](source.model, 1)  # right for its own rooms, not for these
+    assert own["accuracy"](other, 0) < 0.1
+
+
+def test_a_rendered_room_is_the_same_place_from_every_view() -> None:
+    _, own = example("views")
+    rooms = own["data"].numbered(own["labels"](0))
+    truth = own["picture"](rooms.depth, rooms.rotation, rooms.centre)
+    assert own["accuracy"](truth, 0) == own["depth_accuracy"](truth, 0) == 1.0
+
+    # what the first camera sees, seen from the second: never behind what that one sees there
+    rays, size = own["data"].pixel_rays(), own["data"].SIZE
+    points = rooms.depth[:, 0].flatten(1)[..., None] * rays - rooms.centre[:, 1, None]
+    local = points @ rooms.rotation[:, 1]
+    place = local[..., :2] / local[..., 2:] / rays[:, 0].max() * (1 - 1 / size)
+    inside = (local[..., 2] > 0) & (place.abs() < 1).all(-1)
+    there = torch.nn.functional.grid_sample(
+        rooms.depth[:, 1, None], place[:, None], mode="nearest", align_corners=False
+    )[:, 0, 0]
+    ratio = (local[..., 2] / there)[inside]
+    assert inside.float().mean() > 0.3
+    assert (ratio > 0.95).float().mean() > 0.95  # a pixel's edge may stand out
+    assert ((ratio - 1).abs() < 0.05).float().mean() > 0.7  # the rest is hidden there
