@@ -6,6 +6,7 @@ Error: InputError where a limit cannot be reached; it names the least that can.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, final
@@ -38,8 +39,10 @@ PROBES = 4
 POINTS = 10
 #: Densities that are tried, the least that keeps the floor is taken.
 DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7)
-#: How often a choice is made anew with what measuring the last one taught.
-_ROUNDS = 3
+#: Choices that are carried out, at most, to reach a floor with the fewest bytes.
+_TRIES = 4
+#: How often a choice is made anew because what folds away depends on neighbours.
+_ROUNDS = 6
 
 _LEAST_ERROR: tuple[Axis, ...] = ("error", "bytes", "us")
 _LEAST_BYTES: tuple[Axis, ...] = ("bytes", "us", "error")
@@ -128,21 +131,35 @@ class Job:
         applied = self.apply(point)
         if budget.floor_db is None or order is _LEAST_ERROR:
             return point, applied
-        found = point, applied
-        for _ in range(_ROUNDS - 1):
-            if point.error <= 0:
+        return self._reach(budget, point, applied)
+
+    def _reach(self, budget: Budget, point: Point, applied: Applied) -> tuple[Point, Applied]:
+        """The smallest choice whose measured error keeps to the floor, from a first one.
+
+        Measured over predicted error moves the limit of the next choice; once one choice was kept
+        and one missed, the next limit is between theirs.
+        """
+        floor = limit = budget.floor_error
+        kept, missed = 0.0, math.inf
+        tried = {point.ways: (point, applied)}
+        while len(tried) < _TRIES and point.error > 0 and applied.error > 0:
+            if applied.error <= floor:
+                kept = max(kept, limit)
+            else:
+                missed = min(missed, limit)
+            bracketed = kept > 0 and missed < math.inf
+            limit = math.sqrt(kept * missed) if bracketed else floor * point.error / applied.error
+            if limit <= kept:
                 break
-            ratio = applied.error / point.error  # what independence and one gain leave out
-            limit = budget.floor_error / ratio
-            again = self.best(replace(limits, error=limit), order)
-            if again is None or again.ways == point.ways:
+            again = self.best(Option(limit, math.inf, math.inf), _LEAST_BYTES)
+            if again is None or again.ways in tried:
                 break
             point, applied = again, self.apply(again)
-            kept = found[1].error <= budget.floor_error
-            better = point.bytes < found[0].bytes if kept else applied.error < found[1].error
-            if better and (not kept or applied.error <= budget.floor_error):
-                found = point, applied
-        return found
+            tried[point.ways] = point, applied
+        good = [pair for pair in tried.values() if pair[1].error <= floor]
+        if not good:
+            return min(tried.values(), key=lambda pair: pair[1].error)
+        return min(good, key=lambda pair: pair[0].bytes)
 
     def limits(self, budget: Budget) -> Option:
         """``budget`` in bytes, microseconds and relative squared error of the whole model."""
@@ -163,7 +180,7 @@ class Job:
         solver's limits are moved by what that differs from its sums, until they agree.
         """
         room = Option(limits.error, limits.bytes - self.base.bytes, limits.us - self.base.us)
-        for _ in range(2 * _ROUNDS):
+        for _ in range(_ROUNDS):
             choice = solve(self.options, room, order)
             if choice is None:
                 return None
@@ -292,19 +309,28 @@ class Job:
         found: tuple[float, Applied] | None = None
         while low < high and dense.error <= budget.floor_error:
             middle = (low + high) // 2
-            density, said = DENSITIES[middle], Diagnostics()
-            try:
-                applied = self.apply(point, [sparsify_text(density)], said)
-                thinned = all(entry.code != "samples-too-small" for entry in said)
-            except InputError as error:  # the frames of these samples allow no mask so thin
-                if error.diagnostic.code != "density":
-                    raise
-                thinned = False
-            if thinned and applied.error <= budget.floor_error:
-                high, found = middle, (density, applied)
+            applied = self._thinned(point, DENSITIES[middle])
+            if applied is not None and applied.error <= budget.floor_error:
+                high, found = middle, (DENSITIES[middle], applied)
             else:
                 low = middle + 1
         return found
+
+    def _thinned(self, point: Point, density: float) -> Applied | None:
+        """``point`` at a density; None if the frames of a sample allow no mask so thin."""
+        said = Diagnostics()
+        try:
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                applied = self.apply(point, [sparsify_text(density)], said)
+        except InputError as error:
+            if error.diagnostic.code != "density":
+                raise
+            return None
+        # such a call runs, but attends to everything: what was measured then is not the mask
+        dense = any("attends to everything" in str(warning.message) for warning in warned)
+        dense |= any(entry.code == "samples-too-small" for entry in said)
+        return None if dense else applied
 
     def check_attention(self) -> None:
         """Raise InputError if no attention can be thinned out, with the reason of the first."""
