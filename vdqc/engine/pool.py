@@ -206,7 +206,8 @@ def file_hash(file: Path) -> str:
 def tensor_hash(value: Tensor) -> str:
     """SHA-256 of a tensor: type, shape, bytes."""
     digest = hashlib.sha256(f"{value.dtype}{list(value.shape)}".encode())
-    flat = value.detach().cpu().contiguous().reshape(-1)
+    # a single value that was expanded has stride 0 and counts as contiguous
+    flat = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
     if flat.numel():
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

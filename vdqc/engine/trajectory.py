@@ -21,9 +21,10 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,6 @@ TIMESTEPS = ("timestep", "timesteps", "t")
 Progress = Callable[[Any, str], Any]
 
 
-@torch.no_grad()
 def record(
     model: nn.Module,
     generate: Callable[[Any, int], Any],
@@ -62,21 +62,63 @@ def record(
     progress: Progress = lambda items, description: items,
 ) -> Pool:
     """The pool of the trajectories of ``seeds``; those already in ``folder`` are not run again."""
+    identity = identity_of(model, generate) if seeds else {}
+    runs = [Recorded("", model, folder, identity)]
+    record_all(runs, lambda seed: generate(model, seed), seeds, progress=progress)
+    return open_pool(folder, list(dict.fromkeys(seeds)))
+
+
+@final
+@dataclass(frozen=True)
+class Recorded:
+    """A model whose calls are kept in ``folder``; ``identity`` says what decides them."""
+
+    name: str
+    model: nn.Module
+    folder: Path
+    identity: Mapping[str, str]
+
+
+@torch.no_grad()
+def record_all(
+    models: Sequence[Recorded],
+    generate: Callable[[int], Any],
+    seeds: Sequence[int],
+    *,
+    progress: Progress = lambda items, description: items,
+) -> None:
+    """Record several models that one sampler calls, each into its own pool, from the same runs.
+
+    Each model's calls are the ones that the sampler gives it. A trajectory that one of the pools
+    lacks is run once more, and kept where it is missing.
+    """
     if not seeds:
         raise InputError("expected at least one seed to record, got none")
-    identity = identity_of(model, generate)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        index = _index(folder, identity)
-        index["seeds"] = sorted({*index["seeds"], *seeds})
-        write_index(folder, index)
-        _remove_unfinished(folder, index)
-        done = {trajectory["seed"] for trajectory in index["trajectories"]}
-        missing = [seed for seed in dict.fromkeys(seeds) if seed not in done]
-        for seed in progress(missing, "record trajectories") if missing else ():
-            index["trajectories"].append(_trajectory(model, generate, seed, folder))
-            write_index(folder, index)
-    return open_pool(folder, list(dict.fromkeys(seeds)))
+    with ExitStack() as locks:
+        indices = []
+        for each in models:
+            each.folder.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(_locked(each.folder))
+            index = _index(each.folder, each.identity)
+            index["seeds"] = sorted({*index["seeds"], *seeds})
+            write_index(each.folder, index)
+            _remove_unfinished(each.folder, index)
+            indices.append(index)
+        missing = {
+            seed: [
+                (each, index)
+                for each, index in zip(models, indices, strict=True)
+                if seed not in {entry["seed"] for entry in index["trajectories"]}
+            ]
+            for seed in dict.fromkeys(seeds)
+        }
+        todo = [seed for seed, lacking in missing.items() if lacking]
+        for seed in progress(todo, "record trajectories") if todo else ():
+            lacking = [each for each, _ in missing[seed]]
+            entries = _trajectories(lacking, generate, seed)
+            for (each, index), entry in zip(missing[seed], entries, strict=True):
+                index["trajectories"].append(entry)
+                write_index(each.folder, index)
 
 
 def identity_of(model: nn.Module, generate: Callable[[Any, int], Any]) -> dict[str, str]:
@@ -112,32 +154,51 @@ def timestep_of(inputs: Mapping[str, Any]) -> float | None:
     return None
 
 
-def _trajectory(
-    model: nn.Module, generate: Callable[[Any, int], Any], seed: int, folder: Path
-) -> dict[str, Any]:
-    """Run one trajectory and write its shards; its entry for the index."""
-    shards = _Shards(folder, seed)
-    parameters = list(forward_parameters(model))
-    calls: list[dict[str, Any]] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if len(args) > len(parameters):
-            raise InputError(f"expected at most {len(parameters)} arguments, got {len(args)}")
-        inputs = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        where = f"seed {seed}, call {len(calls)}"
-        encoded = encode(inputs, "", lambda value, path: shards.add(value, path, where))
-        calls.append({"timestep": timestep_of(inputs), "inputs": encoded})
-
-    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+def _trajectories(
+    models: Sequence[Recorded], generate: Callable[[int], Any], seed: int
+) -> list[dict[str, Any]]:
+    """Run one trajectory and write the shards of every model; their entries for the indices."""
+    takers = [_Taker(each.model, each.folder, seed) for each in models]
+    handles = [
+        taker.model.register_forward_pre_hook(taker.keep, with_kwargs=True) for taker in takers
+    ]
     try:
-        generate(model, seed)
+        generate(seed)
     finally:
-        handle.remove()
-    if not calls:
-        raise InputError(
-            "expected generate(model, seed) to call the model it was given, it never did"
-        )
-    return {"seed": seed, "files": shards.finish(), "calls": calls}
+        for handle in handles:
+            handle.remove()
+    for each, taker in zip(models, takers, strict=True):
+        if not taker.calls and each.name:
+            raise InputError(
+                f"expected the pipeline to call '{each.name}', it never did",
+                "more steps, or another boundary between the experts, give each of them calls",
+            )
+        if not taker.calls:
+            raise InputError(
+                "expected generate(model, seed) to call the model it was given, it never did"
+            )
+    return [
+        {"seed": seed, "files": taker.shards.finish(), "calls": taker.calls} for taker in takers
+    ]
+
+
+class _Taker:
+    """Keeps the arguments of every call of one model."""
+
+    def __init__(self, model: nn.Module, folder: Path, seed: int) -> None:
+        self.model, self.seed = model, seed
+        self.shards = _Shards(folder, seed)
+        self.parameters = list(forward_parameters(model))
+        self.calls: list[dict[str, Any]] = []
+
+    def keep(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A forward pre-hook."""
+        if len(args) > len(self.parameters):
+            raise InputError(f"expected at most {len(self.parameters)} arguments, got {len(args)}")
+        inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        where = f"seed {self.seed}, call {len(self.calls)}"
+        encoded = encode(inputs, "", lambda value, path: self.shards.add(value, path, where))
+        self.calls.append({"timestep": timestep_of(inputs), "inputs": encoded})
 
 
 class _Shards:
@@ -163,7 +224,7 @@ class _Shards:
         key = tensor_hash(value)
         if key not in self._places:
             self._places[key] = [len(self._files), key]
-            self._held[key] = value.detach().cpu().clone()
+            self._held[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             self._bytes += value.nbytes
             if self._bytes >= SHARD_BYTES:
                 self._write()
