@@ -139,7 +139,8 @@ def test_import_is_light() -> None:
 
 def test_public_names() -> None:
     code = "import vdqc; print(sorted(vdqc.__all__)); [getattr(vdqc, n) for n in vdqc.__all__]"
-    assert in_fresh_python(code) == "['Sample', '__version__', 'compile', 'load']"
+    public = ["Sample", "__version__", "compile", "load", "load_pipeline", "register_diffusers"]
+    assert in_fresh_python(code) == str(public)
 
 
 def test_folders_are_imported_under_one_name() -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vdqc.hub.register import register_diffusers, watch
 from vdqc.version import __version__
 
 if TYPE_CHECKING:
     from vdqc.compiled import load
     from vdqc.compiler import compile
+    from vdqc.hub.pipeline import load_pipeline
     from vdqc.ir.sample import Sample
 
-__all__ = ["Sample", "__version__", "compile", "load"]
+__all__ = ["Sample", "__version__", "compile", "load", "load_pipeline", "register_diffusers"]
 
-_HOMES = {"Sample": "vdqc.ir.sample", "compile": "vdqc.compiler", "load": "vdqc.compiled"}
+_HOMES = {
+    "Sample": "vdqc.ir.sample",
+    "compile": "vdqc.compiler",
+    "load": "vdqc.compiled",
+    "load_pipeline": "vdqc.hub.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -23,3 +30,6 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+watch()  # diffusers learns of the method when it is imported

@@ -6,7 +6,6 @@ diffusers and transformers pipelines read; the original's source is neither need
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,14 +17,16 @@ from torch import Tensor, fx, nn
 
 from vdqc.base.diagnostics import ArtifactError, InputError
 from vdqc.base.target import TARGETS, Target
+from vdqc.hub import layout
+from vdqc.hub.facade import facade
 from vdqc.ir import artifact, ops  # noqa: F401 (registers the vdqc:: ops)
-from vdqc.ir.graph import Graph, Origin
+from vdqc.ir.graph import Graph
 from vdqc.kernels.table import KERNELS
 from vdqc.lowering.prepare import compile_blocks, prepare
 from vdqc.lowering.residual import has_residuals, split
 from vdqc.packaged import PackagedProgram
 from vdqc.residual_cache import ResidualCache
-from vdqc.stand_in import TracedBinding, base_class, config_object, output_builder
+from vdqc.stand_in import TracedBinding, config_object, output_builder
 
 
 def load(
@@ -49,6 +50,7 @@ def load(
     found = artifact.read(path, verify=verify)
     graph = found.graph()
     model = stand_in(graph, _target(found))
+    model.__dict__["_folder"] = found.path.absolute()
     if dtype is not None and dtype != model.dtype:
         raise ArtifactError(
             f"the program computes in {model.dtype}, {dtype} was asked for",
@@ -72,7 +74,9 @@ def _target(found: artifact.Artifact) -> Target:
 
 def stand_in(graph: Graph, target: Target) -> CompiledModel:
     """The stand-in for a graph in memory."""
-    return _class(graph.origin.model_class.partition(".")[0])(graph, target)
+    made: Any = facade(CompiledModel, graph.origin.model_class)(graph, target)
+    model: CompiledModel = made
+    return model
 
 
 def register_kernels() -> None:
@@ -100,9 +104,10 @@ class CompiledModel(nn.Module):
     _eager: tuple[fx.GraphModule, fx.GraphModule]
     _cache: ResidualCache | None
     _package: PackagedProgram | None
+    _folder: Path | None
 
     def __init__(self, graph: Graph, target: Target) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not the original's, which would build it
         self.program = graph.module
         self.signature = graph.signature
         self.origin = graph.origin
@@ -110,7 +115,8 @@ class CompiledModel(nn.Module):
         self._internal_dict = config_object(graph.origin)
         self._binding = TracedBinding(graph.signature)
         self._build = output_builder(graph.signature)
-        self.__dict__["_package"] = None
+        self._gradient_checkpointing_func = None  # diffusers asks every model for it
+        self.__dict__["_package"] = self.__dict__["_folder"] = None
         self.__dict__["_reuse"] = self.__dict__["_cache"] = None
         self._prepare()
         self.register_state_dict_post_hook(_original_names)
@@ -126,6 +132,7 @@ class CompiledModel(nn.Module):
         elif torch.compiler.is_compiling():
             outputs = self._prepared(*self._binding.bind(args, kwargs))
         else:
+            self._refuse_offloaded()
             inputs = self.signature.bind(args, kwargs)
             outputs = self._runner()(*inputs)
         return self._build(outputs, return_dict)
@@ -197,19 +204,48 @@ class CompiledModel(nn.Module):
         """What chooses between dense and sparse steps; None without ``reparameterize``."""
         return self._cache
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the artifact folder is the saved form."""
-        raise InputError(
-            "a compiled model is saved already: expected a copy of its artifact folder",
-            "save the pipeline without it, and load both",
-        )
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        max_shard_size: int | str = "2GB",
+        push_to_hub: bool = False,
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write the artifact into ``save_directory`` as diffusers lays out a model.
+
+        ``from_pretrained`` of the original's class and ``vdqc.load`` both read it. Weights are the
+        model's as they are now. ``push_to_hub`` and ``kwargs`` as for ``push_to_hub``, with
+        ``repo_id`` by default the folder's name.
+        """
+        if is_main_process:
+            layout.save(self, self._source(), Path(save_directory), max_shard_size)
+            if push_to_hub:
+                options = {"repo_id": Path(save_directory).name, **kwargs}
+                layout.upload(Path(save_directory), **layout.upload_options(options))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what ``save_pretrained`` writes to a repository of the Hub; its address.
+
+        ``options``: ``commit_message``, ``private``, ``token``, ``create_pr``, ``subfolder``.
+        """
+        return layout.push(self, self._source(), repo_id, layout.upload_options(options))
+
+    def _source(self) -> artifact.Artifact:
+        if self._folder is None:
+            raise InputError(
+                "expected a model that was loaded from an artifact, got one made in memory",
+                "vdqc.compile writes the artifact: load it, or copy its folder",
+            )
+        return artifact.read(self._folder, verify=False)
 
     def extra_repr(self) -> str:
         """Class, dtype and target."""
         return f"{self.origin.model_class}, dtype={self.origin.dtype}, target={self.target}"
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
+        return f"CompiledModel({self.extra_repr()})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
         """Move the weights; what would also convert them is refused."""
@@ -249,6 +285,15 @@ class CompiledModel(nn.Module):
         assert reuse is not None
         return self._cache.run(self.signature.bind(args, kwargs), refresh, reuse)
 
+    def _refuse_offloaded(self) -> None:
+        """Sequential offload empties every submodule until that is called, which none is."""
+        if self.device.type == "meta":
+            raise InputError(
+                "the weights are on the meta device: sequential offload moves them submodule by "
+                "submodule, and a program runs as one",
+                "use enable_model_cpu_offload on the pipeline, which moves the model as a whole",
+            )
+
     def _runner(self) -> nn.Module:
         if self._package is not None:
             return self._package
@@ -262,34 +307,6 @@ class CompiledModel(nn.Module):
         default = self.signature.defaults.get("return_dict")
         given = args[position] if len(args) > position else kwargs.get("return_dict", default)
         return True if given is None else bool(given)
-
-
-def _refused(name: str, advice: str) -> Callable[..., None]:
-    def method(self: CompiledModel, *args: Any, **kwargs: Any) -> None:
-        raise InputError(f"{name} hooks into submodules, which a compiled program has not", advice)
-
-    return method
-
-
-_REFUSED = {
-    "enable_group_offload": "use enable_model_cpu_offload on the pipeline",
-    "enable_layerwise_casting": "compile with a scheme of fewer bits",
-    "set_attention_backend": "the attention kernel was chosen when the model was compiled",
-    "set_attn_processor": "change the attention before the model is compiled",
-    "fuse_qkv_projections": "fuse them before the model is compiled",
-    "add_adapter": "fuse the adapter before the model is compiled",
-    "load_lora_adapter": "fuse the adapter before the model is compiled",
-}
-
-
-@functools.cache
-def _class(library: str) -> type[CompiledModel]:
-    """The stand-in for models of ``library``, an instance of the class that pipelines expect."""
-    base = base_class(Origin(model_class=f"{library}."))
-    if base is None:
-        return CompiledModel
-    refused = {name: _refused(name, advice) for name, advice in _REFUSED.items()}
-    return type("CompiledModel", (CompiledModel, base), {**refused, "__module__": __name__})
 
 
 _PROGRAM = "program."

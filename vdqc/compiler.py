@@ -30,6 +30,7 @@ from vdqc.engine.pass_manager import Context, PassManager, PassRecord, check_ord
 from vdqc.engine.pool import INDEX, Pool, open_pool
 from vdqc.engine.recipe import Recipe, load_pass
 from vdqc.engine.trajectory import record
+from vdqc.hub import layout
 from vdqc.ir import artifact
 from vdqc.ir.artifact import Artifact
 from vdqc.ir.finished import Piece
@@ -100,7 +101,10 @@ def compile(
         graph, captured = capture_source(source, diagnostics)
         if graph.stored:  # larger than memory, perhaps: then so is what the passes make of it
             verify = probe_stored(verify, aot, diagnostics)
-            asked: dict[str, Any] = {"recipe": str(plan), "rules": [str(rule) for rule in plan.rules]}
+            asked: dict[str, Any] = {
+                "recipe": str(plan),
+                "rules": [str(rule) for rule in plan.rules],
+            }
             asked |= {"target": str(machine), "seed": seed, "component": component}
             files = [] if calls is None else [calls.folder / INDEX]
             asked |= run_facts(graph.stored, source.samples, files)
@@ -150,6 +154,7 @@ def compile(
                 inputs = graph.signature.bind((), source.samples[0].inputs)
                 package(graph, machine, inputs, folder / PACKAGE)
             report.write(folder)
+            layout.describe(folder, graph.origin, machine)
             artifact.seal(folder, progress)
     return artifact.read(place)
 

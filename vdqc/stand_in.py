@@ -34,16 +34,6 @@ def config_object(origin: Origin) -> Any:
     return FrozenDict(config)
 
 
-def base_class(origin: Origin) -> type | None:
-    """The class that pipelines insist on for a component of that library, if there is one."""
-    if not origin.model_class.startswith("diffusers."):
-        return None
-    from diffusers import ModelMixin
-
-    base: type = ModelMixin
-    return base
-
-
 @final
 @dataclass(frozen=True)
 class Leaf:

@@ -305,6 +305,11 @@ def read(path: Path | str, *, verify: bool = True, progress: Progress = _silent)
     return Artifact(folder, manifest)
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest as it is; raises ArtifactError for a folder without one, of any version."""
+    return _manifest(folder)
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
@@ -344,11 +349,19 @@ def _check_size(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
     file = folder / name
     if not file.is_file():
         raise _damaged(f"{file} is missing")
-    if not file.resolve().is_relative_to(folder.resolve()):
+    if not _is_inside(file.resolve(), folder):
         raise _damaged(f"{file} is a link to another place")
     size = file.stat().st_size
     if size != entry["bytes"]:
         raise _damaged(f"{file} should have {entry['bytes']} bytes, it has {size}")
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    """Also true in the Hub's cache, whose snapshots are links to ``blobs`` of the same model."""
+    if file.is_relative_to(folder.resolve()):
+        return True
+    above = [parent for parent in folder.absolute().parents if parent.name == "snapshots"]
+    return bool(above) and file.is_relative_to(above[0].parent.resolve() / "blobs")
 
 
 def _foreign(folder: Path, reason: str) -> ArtifactError:

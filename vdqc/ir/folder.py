@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vdqc.ir.inputs import INPUTS, samples_for
 from vdqc.ir.sample import Sample
 from vdqc.ir.weights import StoredTensor, stored_folder
 
+INDEX = "model_index.json"
 #: Components of a pipeline that are the denoiser, first match wins.
 DENOISERS = ("transformer", "unet")
 
@@ -32,7 +34,8 @@ def load_folder(
 ) -> tuple[nn.Module, list[Sample], dict[str, StoredTensor]]:
     """Model in eval mode, synthesised samples, and the weights that stay on disk."""
     folder = _component_folder(folder, component)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    check_float(config, folder)
     library, class_name = _class_of(config, folder)
     if class_name not in INPUTS:
         raise InputError(
@@ -46,7 +49,7 @@ def load_folder(
             f"expected safetensors files in {folder}, found none",
             "save the model with save_pretrained(folder, safe_serialization=True)",
         )
-    dtype = _common_dtype(weights)
+    dtype = common_dtype(weights)
     if mapped is None:
         mapped = sum(tensor.nbytes for tensor in weights.values()) > free_memory() / 2
     model: nn.Module
@@ -101,24 +104,100 @@ def parameters_on_meta() -> Iterator[None]:
         yield
 
 
+def check_float(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise InputError for a model that is quantised, by vdqc or otherwise."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method == "vdqc":
+        raise InputError(
+            f"{folder} is compiled already: it is an artifact of vdqc",
+            "give the float model that it was made from",
+        )
+    if method is not None:
+        raise InputError(
+            f"expected float weights in {folder}, they are quantised with {method}",
+            "give the float model: codes of another method cannot be compressed again",
+        )
+
+
+def check_weights(folder: Path, names: Sequence[str]) -> int:
+    """Bytes of the weights of a pipeline's components, each found whole and float.
+
+    Raises InputError, naming the file, for what is missing, cut short or quantised.
+    """
+    total = 0
+    for name in names:
+        check_float(read_json(folder / name / "config.json"), folder / name)
+        weights = stored_folder(folder / name)
+        if not weights:
+            raise InputError(
+                f"expected safetensors files in {folder / name}, found none",
+                "fetch the whole pipeline; a gated one needs 'hf auth login' and its licence "
+                "accepted on its page",
+            )
+        total += sum(weight.nbytes for weight in weights.values())
+    return total
+
+
+def components_of(folder: Path) -> list[str]:
+    """Names of a pipeline's components that are models in folders of their own.
+
+    Raises ConfigError for a folder without ``model_index.json``.
+    """
+    if not (folder / INDEX).is_file():
+        raise ConfigError(
+            f"expected a pipeline, {folder} has no {INDEX}",
+            "leave the component out for a folder with one model",
+        )
+    entries = read_json(folder / INDEX)
+    return [name for name in entries if (folder / name / "config.json").is_file()]
+
+
+def pipeline_class(folder: Path) -> Any:
+    """The class of diffusers that a pipeline is of; raises InputError for any other.
+
+    ``DiffusionPipeline.from_pretrained`` would not do: a component passed to it is ignored where
+    the class calls that component optional (Wan's experts, diffusers 0.42).
+    """
+    import diffusers
+
+    name = read_json(folder / INDEX).get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if found is None:
+        raise InputError(
+            f"the pipeline class {name} of {folder} is not one of diffusers "
+            f"{diffusers.__version__}",
+            "code of the folder is not run: write a model.py with model(), samples(), generate()",
+        )
+    return found
+
+
+def saved_without(folder: Path) -> list[str]:
+    """Names of the components that a pipeline was saved without, as it may be loaded again."""
+    entries = read_json(folder / INDEX)
+    return [name for name, entry in entries.items() if entry == [None, None]]
+
+
+def denoisers_of(folder: Path) -> list[str]:
+    """The components that denoise: one, or both experts of a pipeline that has two.
+
+    Raises ConfigError if there is none.
+    """
+    names = components_of(folder)
+    kind = next((name for name in DENOISERS if name in names), None)
+    if kind is None:
+        raise ConfigError(
+            f"expected {' or '.join(DENOISERS)} in the pipeline {folder}",
+            f"choose a component: {', '.join(names)}",
+        )
+    return [kind, *sorted(name for name in names if re.fullmatch(rf"{kind}_\d+", name))]
+
+
 def _component_folder(folder: Path, component: str | None) -> Path:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        if component is not None:
-            raise ConfigError(
-                f"expected a pipeline with a component '{component}', {folder} has no "
-                "model_index.json",
-                "leave the component out for a folder with one model",
-            )
+    if component is None and not (folder / INDEX).is_file():
         return folder
-    names = [name for name in _read_json(index) if (folder / name / "config.json").is_file()]
+    names = components_of(folder)
     if component is None:
-        component = next((name for name in DENOISERS if name in names), None)
-        if component is None:
-            raise ConfigError(
-                f"expected {' or '.join(DENOISERS)} in the pipeline {folder}",
-                f"choose a component: {', '.join(names)}",
-            )
+        component = denoisers_of(folder)[0]
     if component not in names:
         raise ConfigError(
             f"the pipeline {folder} has no component '{component}'", nearest(component, names)
@@ -126,7 +205,8 @@ def _component_folder(folder: Path, component: str | None) -> Path:
     return folder / component
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises InputError for anything else."""
     if not path.is_file():
         raise InputError(
             f"expected {path.name} in {path.parent}, found none",
@@ -165,7 +245,7 @@ def _configuration(model: Any) -> dict[str, Any]:
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
-def _common_dtype(weights: Mapping[str, StoredTensor]) -> torch.dtype:
+def common_dtype(weights: Mapping[str, StoredTensor]) -> torch.dtype:
     """The dtype of most bytes; a model keeps a few tensors in another."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in weights.values():
