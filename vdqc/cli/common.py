@@ -34,7 +34,10 @@ def add_recipe(sub: Any) -> None:
         "--target", default="auto", help="cpu, sm80 ... sm120, or auto: this machine (default)"
     )
     sub.add_argument(
-        "--component", metavar="NAME", help="which model of a diffusers pipeline folder"
+        "--component",
+        metavar="NAME",
+        help="which model of a diffusers pipeline folder; compile also takes a list with commas, "
+        "or 'all' of its denoisers",
     )
     sub.add_argument("--seed", type=int, default=0, help="of every random choice (default: 0)")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ from vdqc.ir.folder import load_folder
 from vdqc.ir.frontend import check_sample, forward_parameters
 from vdqc.ir.sample import Sample
 from vdqc.ir.weights import StoredTensor
+
+#: A model of the Hub, ``organisation/name``.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.py)")
 
 
 @final
@@ -66,7 +70,11 @@ def load_source(path: Path, *, component: str | None = None, mapped: bool | None
         return Source(model, samples, path.absolute().name, folder=path, stored=stored)
     if not path.is_file():
         raise ConfigError(
-            f"expected a model.py or a model folder at {path}, found nothing", "check the path"
+            f"expected a model.py or a model folder at {path}, found nothing",
+            f"nothing is fetched: hf download {path} --local-dir {path.name} (a gated model needs "
+            "'hf auth login' and its licence accepted)"
+            if _HUB_NAME.fullmatch(str(path))
+            else "check the path",
         )
     if path.suffix != ".py":
         raise ConfigError(

@@ -123,8 +123,18 @@ def stored_tensors(file: Path) -> Iterator[StoredTensor]:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"{file} is not a readable safetensors file: {error}", "fetch or export it again"
+            f"{file} is not a readable safetensors file: {error}",
+            "it is a pointer of Git LFS: fetch the file itself with 'git lfs pull'"
+            if _is_pointer(file)
+            else "fetch or export it again",
         ) from error
+
+
+def _is_pointer(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(42) == b"version https://git-lfs.github.com/spec/v1"
 
 
 def stored_folder(folder: Path) -> dict[str, StoredTensor]:
