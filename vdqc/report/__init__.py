@@ -109,7 +109,8 @@ def _figures(data: ReportData, check: CheckResult | None) -> Html:
         figures.append(figure(duration(data.seconds), "to compile"))
     warnings = len(program.messages_of(data, "warning"))
     if warnings:
-        figures.append(figure(str(warnings), "warnings", "see Diagnostics"))
+        label = "warning" if warnings == 1 else "warnings"
+        figures.append(figure(str(warnings), label, "see Diagnostics"))
     return tag("div", *figures, class_="figures")
 
 

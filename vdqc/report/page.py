@@ -163,8 +163,9 @@ th:last-child, td:last-child { padding-right: 0; }
 .small { font-size: 13px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, 128px); gap: 14px 20px;
   margin: 16px 0; }
-.pictures.small { grid-template-columns: repeat(auto-fill, 80px); gap: 10px 12px;
+.pictures.small { grid-template-columns: repeat(12, minmax(0, 80px)); gap: 10px 8px;
   margin: 8px 0 18px; }
+.pictures.small figcaption { font-size: 11px; }
 .letter { font-weight: 700; } .letter.a { color: var(--a); } .letter.b { color: var(--b); }
 .letter.c { color: var(--c); } .letter.d { color: var(--d); } .letter.f { color: var(--f); }
 .letter.g { color: var(--g); } .letter.e { color: var(--faint); }
