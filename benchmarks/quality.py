@@ -136,7 +136,7 @@ def measure(
         data = report_data(artifact)
         compiled = load(artifact.path)
         seeds = tuple(range(options.videos))
-        found = check(compiled, source, seeds=seeds, timing_runs=0)
+        found = check(compiled, source, seeds=seeds, timing_runs=0, sites=False)
         assert found.frames is not None
         return {
             **row,

@@ -201,9 +201,10 @@ def check(
     generation: bool = True,
     timing_runs: int = 5,
     torch_compile: bool = False,
+    sites: bool = True,
     progress: Progress = lambda items, description: items,
 ) -> CheckResult:
-    """Compare ``compiled`` with the model of ``source``.
+    """Compare ``compiled`` with the model of ``source``, site by site unless ``sites`` is False.
 
     The trajectory is that of ``source.generate`` for the first seed, else the samples. Time is
     measured on the first sample, and under ``torch.compile`` too if asked. Raises InputError.
@@ -211,7 +212,7 @@ def check(
     steps: list[StepError] = []
     videos: list[VideoQuality] = []
     frames: tuple[Tensor, Tensor] | None = None
-    recorder = SiteErrors(source.model, compiled) if is_observable(compiled) else None
+    recorder = SiteErrors(source.model, compiled) if sites and is_observable(compiled) else None
     if source.generate is not None and generation:
         for seed in seeds:
             calls = range(len(steps)) if steps else itertools.count()

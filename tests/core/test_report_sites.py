@@ -41,6 +41,7 @@ def test_what_is_in_another_basis_is_not_compared(tiny_artifact, source):
     nodes = {name: node for node, name in produced_sites(model.program.graph.nodes).items()}
     set_note(nodes["blocks.0.to_v"], basis="rotated and scaled")
     found = {error.name: error for error in check(model, source, timing_runs=0).sites}
+    assert check(model, source, timing_runs=0, sites=False).sites == ()
     for name in ("blocks.0.to_v", "blocks.0:attention"):  # which passes values on
         assert "is rotated and scaled for what reads it" in found[name].why
     for name in ("blocks.0.to_k", "blocks.0.up", "blocks.1:attention"):

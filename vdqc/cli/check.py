@@ -24,6 +24,9 @@ def add(sub: Any) -> None:
         "--seed", type=int, default=0, help="seed of the first generation (default: 0)"
     )
     sub.add_argument("--seeds", type=int, default=1, help="how many generations (default: 1)")
+    sub.add_argument(
+        "--no-sites", action="store_true", help="compare outputs alone, not every site"
+    )
     sub.add_argument("--no-generate", action="store_true", help="samples only, no whole generation")
     sub.add_argument(
         "--torch-compile", action="store_true", help="time both under torch.compile too"
@@ -60,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
         source,
         seeds=range(options.seed, options.seed + options.seeds),
         generation=not options.no_generate,
+        sites=not options.no_sites,
         timing_runs=options.runs,
         torch_compile=options.torch_compile,
         progress=progress,
