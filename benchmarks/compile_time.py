@@ -136,8 +136,7 @@ def measure(arguments: argparse.Namespace, layers: int, work: Path) -> dict[str,
     if arguments.kill:
         expected = files_of(out)
         shutil.rmtree(out)
-        row["killed"] = killed(command, arguments.kill, row)
-        row["killed"]["identical"] = files_of(out) == expected
+        row["killed"] = killed(command, out, arguments.kill, row, expected)
     shutil.rmtree(folder)
     shutil.rmtree(out)
     return row
@@ -149,35 +148,44 @@ def files_of(out: Path) -> dict[str, Any]:
     return {name: entry for name, entry in files.items() if name != "report.html"}
 
 
-def killed(command: list[str], times: int, whole: dict[str, Any]) -> dict[str, Any]:
+def killed(
+    command: list[str], out: Path, times: int, whole: dict[str, Any], expected: dict[str, Any]
+) -> dict[str, Any]:
     """Run ``command``, kill it ``times`` at random moments, and run it to the end.
 
-    A run that is killed first builds the graph again; the moments are drawn so that about 0.8 of
-    the work behind that is done when the last kill comes.
+    A run that is killed builds the graph again first; the moments are drawn so that about 0.8 of
+    the work behind that is done when the last kill comes. If it ends before, it starts over.
     """
     moments = random.Random(0)
     start = whole["passes"]["capture"] + 10
     mean = start + 0.8 * max(0.0, whole["seconds"] - start) / times
+    latest = min(2 * mean, 0.95 * whole["seconds"])
     begin, kills, peak = time.perf_counter(), 0, 0
-    ended = False
-    while not ended:
+    different: set[str] = set()
+    while True:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if kills < times:
-            ended = _waits(process, moments.uniform(0, 2 * mean))
-            kills += not ended
+            kills += not _waits(process, moments.uniform(0, latest))
             os.kill(process.pid, signal.SIGKILL)  # Popen.kill would reap one that has ended
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        ended = process.returncode == 0
         if process.returncode > 0:
             raise RuntimeError(f"the resumed compilation failed: {' '.join(command)}")
         peak = max(peak, used.ru_maxrss)
+        if process.returncode == 0:
+            found = files_of(out)
+            different |= {n for n in {*found, *expected} if found.get(n) != expected.get(n)}
+            if kills == times:
+                break
+            shutil.rmtree(out)
     seconds = time.perf_counter() - begin
     print(f"killed {kills} times, {seconds:.1f} s in all", flush=True)
     return {
         "kills": kills,
         "seconds": round(seconds, 1),
         "peak_rss_gib": round(peak / 2**20, 2),
+        "identical": not different,
+        "different": sorted(different),
     }
 
 
