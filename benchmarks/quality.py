@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_models import SOURCES, record_calls
+from quality_models import MOVING, SOURCES, record_calls
 from quality_sparsity import VARIANTS, facts, is_sparse, passes
 from torch import Tensor, nn
 
@@ -146,7 +146,7 @@ def measure(
             "ssim": mean(video.ssim for video in found.videos),
             "accuracy": mean(video.accuracy or 0.0 for video in found.videos),
             "accuracy_float": mean(video.accuracy_float or 0.0 for video in found.videos),
-            "relation": relation(*found.frames),
+            "relation": relation(*found.frames) if source.name in MOVING else None,
             "effective_bits": round(data.effective_bits or 0.0, 3),
             "bytes": found.bytes_compiled,
             "seconds": seconds,
@@ -172,14 +172,12 @@ def fitting(own: tuple[str, ...], scheme: str) -> list[str]:
     return [f"{scheme}-{suffix}" if suffix else scheme, *own[1:]]
 
 
-def relation(expected: Tensor, actual: Tensor) -> float | None:
+def relation(expected: Tensor, actual: Tensor) -> float:
     """Sum over frames of KL(softmax of cosine similarities to all frames): float || compiled.
 
-    Videos [N, C, F, H, W]; None for images [N, C, H, W].
+    Videos [N, C, F, H, W].
     Source: Q-VDiT, arXiv 2505.22167, section 3.3, on pixels.
     """
-    if expected.ndim == 4:
-        return None
     logs = []
     for video in (expected, actual):
         frames = video.double().transpose(1, 2).flatten(2)

@@ -21,14 +21,17 @@ DIGITS = EXAMPLES / "digits" / "model.py"
 #: Recorded trajectories; each has as many calls as the sampler has steps.
 TRAJECTORIES = 6
 #: How much of a generation each holds, by name of the example: videos, images, scenes.
-RECORDED = {"digits": 1, "digits_unet": 2, "views": 16}
+RECORDED = {"digits": 1, "digits_unet": 2, "views": 32}
+
+#: Examples whose frames follow each other in time.
+MOVING = ("digits",)
 
 
 def record_calls(source: Source, folder: Path) -> None:
     """Keep calls along the model's own trajectories, on a part of a generation each.
 
     A sampler's calls hold its unconditional half, too. The views model has no sampler: its calls
-    look at scenes, four at a time.
+    look at scenes, two at a time.
     """
     assert source.generate is not None
     sample = source.generate.__globals__["sample"]

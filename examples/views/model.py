@@ -35,7 +35,7 @@ finally:
 
 SCENES = 32
 """Scenes that `generate` looks at."""
-BATCH = 4
+BATCH = 2
 """Scenes in one call of the model."""
 HELD_OUT = 1_000_000
 """Numbers of held-out scenes start here; the training scenes are not numbered at all."""
