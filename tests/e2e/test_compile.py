@@ -16,6 +16,7 @@ from vdqc.engine.recipe import Recipe
 from vdqc.ir.source import load_source
 from vdqc.passes.table import PASSES
 from vdqc.testing.architectures import ARCHITECTURES
+from vdqc.testing.harness import captured
 
 
 def test_the_command_as_written_works_with_no_other_option(capsys, model_file, monkeypatch):
@@ -116,16 +117,11 @@ def test_samples_belong_to_modules_and_not_to_files(model_file):
         vdqc.compile(model_file, passes="qant")
 
 
-def test_large_weights_are_checked_without_a_mask():
-    class Params:
-        def param_names(self):
-            return ["w"]
-
-        def param(self, name):
-            return torch.tensor([1.0, float("-inf")])
-
-    with pytest.raises(InputError, match="w: the weight holds NaN or infinity in 1 of 2"):
-        check_weights(Params())
+def test_weights_that_are_not_finite_are_named():
+    model = torch.nn.Linear(2, 2)
+    model.weight.data[0, 1] = float("-inf")
+    with pytest.raises(InputError, match="weight: the weight holds NaN or infinity in 1 of 4"):
+        check_weights(captured(model, torch.ones(2, 2)))
 
 
 @pytest.mark.slow
