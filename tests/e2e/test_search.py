@@ -86,7 +86,7 @@ def job() -> Job:
 )
 def test_what_cannot_be_reached_is_refused(job, budget, floor, message):
     with pytest.raises(InputError, match=message):
-        job.choose(Budget.parse(budget, floor), False)
+        job.choose(Budget.parse(budget, floor), False)  # which checks the budget first
 
 
 def test_a_refusal_writes_nothing(capsys, model_file):

@@ -72,6 +72,7 @@ def search(
     job = Job(source.name, captured, samples, schemes, target, diagnostics, seed, progress)
     if density:
         job.check_attention()
+    job.check_budget(budget)
     job.measure()
     chosen, applied = job.choose(budget, apply)
     dense, share, after = applied, None, []

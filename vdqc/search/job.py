@@ -6,9 +6,11 @@ Error: InputError where a limit cannot be reached; it names the least that can.
 from __future__ import annotations
 
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, final
 
 from vdqc.base.diagnostics import Diagnostics, InputError
@@ -26,9 +28,9 @@ from vdqc.lowering.lower import lower
 from vdqc.passes.sparsify import obstacle
 from vdqc.passes.table import PASSES
 from vdqc.search.budget import Budget, shown
-from vdqc.search.cost import FLOAT, Account, Bill, Way, stored_bytes
+from vdqc.search.cost import FLOAT, Account, Bill, Transforms, Way, stored_bytes
 from vdqc.search.results import Applied, Point
-from vdqc.search.sensitivity import Measured, mean_error, measure, outputs, spread
+from vdqc.search.sensitivity import Measured, legal, mean_error, measure, outputs, spread
 from vdqc.search.solve import UNLIMITED, Axis, Option, solve, total
 from vdqc.search.writing import recipe_of
 from vdqc.text import decibel
@@ -79,6 +81,7 @@ class Job:
         self.groups = quantised_groups(self.graph)
         if not self.groups:
             raise InputError("expected linears to quantise, found none", code="nothing-to-search")
+        self.account = Account(self.graph, target, Transforms({}, {}, {}))
 
     def measure(self) -> None:
         """Measure and price every way of every group: before anything is chosen."""
@@ -86,43 +89,47 @@ class Job:
         self.measured: Measured = measure(self.graph, self._ctx, self.probes, quantising)
         self.account = Account(self.graph, self.target, self.measured.transforms)
         self.base: Bill = self.account.whole([])  # what options are added to
-        may_stay = any(scheme.is_none for scheme in self.schemes)
-        self.ways = [self._ways(group, may_stay) for group in self.groups]
+        self.ways = []
+        for group in self.groups:
+            plain, local = self._plain(group), self.measured.local[group[0].name]
+            kept = [way for way in local if Way(way.scheme) in plain]
+            self.ways.append([*kept, FLOAT] if FLOAT in plain else kept)
         self.options = [
             [self._option(group, way) for way in ways]
             for group, ways in zip(self.groups, self.ways, strict=True)
         ]
 
-    def _ways(self, group: Sequence[Site], may_stay: bool) -> list[Way]:
-        """The ways of ``group`` that a kernel of the target runs."""
-        ways = [
-            way
-            for way in self.measured.local[group[0].name]
-            if not any(self.account.quantised(site, way.scheme)[0].fallback for site in group)
-        ]
-        if not ways and not may_stay:
-            reason = self.account.quantised(
-                group[0], next(iter(self.measured.local[group[0].name])).scheme
-            )
+    def _plain(self, group: Sequence[Site]) -> list[Way]:
+        """The ways of ``group`` without transforms that a kernel of the target runs."""
+        texts = legal([scheme for scheme in self.schemes if not scheme.is_none], group[0])
+        found = {text: [self.account.quantised(site, text)[0] for site in group] for text in texts}
+        ways = [Way(text) for text in texts if not any(choice.fallback for choice in found[text])]
+        if any(scheme.is_none for scheme in self.schemes):
+            return [*ways, FLOAT]
+        if not ways:
             raise InputError(
-                f"no kernel of {self.target} runs any of the schemes: {reason[0].why}",
+                f"no kernel of {self.target} runs any of the schemes: {found[texts[0]][0].why}",
                 "name others with --schemes, or add none",
                 site=group[0].name,
             )
-        return [*ways, FLOAT] if may_stay else ways
+        return ways
 
     def _option(self, group: Sequence[Site], way: Way) -> Option:
         name = group[0].name
         error = 0.0 if way == FLOAT else self.measured.gain[name] * self.measured.local[name][way]
-        bill = self.account.alone(self.groups, group, way)
+        bill = self._bill(group, way)
         return Option(error, bill.bytes, bill.us)
+
+    def _bill(self, group: Sequence[Site], way: Way) -> Bill:
+        return self.account.alone(self.groups, group, way)
 
     # -- choosing -----------------------------------------------------------------------------
 
     def choose(self, budget: Budget, apply: bool) -> tuple[Point, Applied | None]:
         """The best point within ``budget``, carried out if ``apply``."""
         limits, order = self.limits(budget), self.order(budget)
-        self._check_reachable(budget, limits)
+        self.check_budget(budget)
+        self._check_floor(budget)
         point = self.best(limits, order)
         if point is None:
             raise InputError(*self._out_of_reach(budget, limits), code="budget")
@@ -226,8 +233,12 @@ class Job:
 
     # -- refusing -----------------------------------------------------------------------------
 
-    def _check_reachable(self, budget: Budget, limits: Option) -> None:
-        """Raise InputError naming the least that one limit alone can be brought to."""
+    def check_budget(self, budget: Budget) -> None:
+        """Raise InputError naming the least that size or time alone can be brought to.
+
+        Measures nothing: a transform never makes a group smaller or faster.
+        """
+        limits = self.limits(budget)
         for key, axis, whole in (
             ("size", "bytes", self.bytes_float),
             ("time", "us", self.account.float_us),
@@ -235,19 +246,25 @@ class Job:
             limit = getattr(limits, axis)
             if math.isinf(limit):
                 continue
-            order: tuple[Axis, ...] = _LEAST_TIME if key == "time" else _LEAST_BYTES
-            least = self.best(UNLIMITED, order)
-            assert least is not None
-            if getattr(least, axis) > limit:
+            ways = []
+            for group in self.groups:
+                bills = {way: self._bill(group, way) for way in self._plain(group)}
+                ways.append(min(bills, key=lambda way: getattr(bills[way], axis)))
+            bill = self.account.whole(list(zip(self.groups, ways, strict=True)))
+            least = getattr(bill, axis)
+            if least > limit:
+                mix = Point(tuple(ways), 0.0, bill.bytes, bill.us).mix
                 raise InputError(
                     f"{key} {shown(key, limit, whole)} cannot be reached: the least is "
-                    f"{shown(key, getattr(least, axis), whole)}",
-                    f"with the schemes {least.mix}; name narrower ones with --schemes",
+                    f"{shown(key, least, whole)}",
+                    f"with the schemes {mix}; name narrower ones with --schemes",
                     code="budget",
                 )
+
+    def _check_floor(self, budget: Budget) -> None:
         best = self.best(UNLIMITED)
         assert best is not None
-        if best.error > limits.error:
+        if best.error > budget.floor_error:
             raise InputError(
                 f"an SQNR of {budget.floor_db:g} dB cannot be reached: the best is predicted at "
                 f"{best.sqnr_db:.1f} dB",
@@ -291,12 +308,15 @@ class Job:
         plan = complete(Recipe.parse(recipe.pass_list, PASSES, recipe.scheme))
         graph = self.captured.clone()
         ctx = Context(self.samples, self.target, said, plan.rules, self.seed, self.progress)
-        PassManager(plan.passes, probe=False).run(graph, ctx)
-        error = mean_error(outputs(graph, self.probes), self.expected)
-        attention = {site.name for site in graph.sites(kind=SiteKind.ATTENTION)}
-        choices = lower(graph, self.target, Diagnostics(), progress=self.progress)
-        us = sum(choice.predicted_us for choice in choices if choice.site in attention)
-        return Applied(error, stored_bytes(graph), us)
+        with tempfile.TemporaryDirectory(prefix="vdqc-search-") as place:
+            if graph.stored:  # larger than memory, perhaps: then so is what the passes make of it
+                graph.spill = Path(place)
+            PassManager(plan.passes, probe=False).run(graph, ctx)
+            error = mean_error(outputs(graph, self.probes), self.expected)
+            attention = {site.name for site in graph.sites(kind=SiteKind.ATTENTION)}
+            choices = lower(graph, self.target, Diagnostics(), progress=self.progress)
+            us = sum(choice.predicted_us for choice in choices if choice.site in attention)
+            return Applied(error, stored_bytes(graph), us)
 
     def thin_out(
         self, budget: Budget, point: Point, dense: Applied

@@ -93,7 +93,7 @@ def measure(
             if smoothed:
                 scales[rotated][name] = variant.param(param_name(group[0], "smooth"))
             usable = [s for s in schemes if s.input is not None or not smoothed]
-            texts = _legal(usable, group[0])
+            texts = legal(usable, group[0])
             found = _local_errors(graph, plain, expected[name], variant, group, rows[name], texts)
             local[name] |= {
                 Way(text, rotated, smoothed): e for text, e in zip(texts, found, strict=True)
@@ -129,7 +129,7 @@ def _transformed(graph: Graph, passes: Sequence[Pass], ctx: Context) -> Graph:
     return twin
 
 
-def _legal(schemes: Sequence[QuantScheme], site: Site) -> list[str]:
+def legal(schemes: Sequence[QuantScheme], site: Site) -> list[str]:
     """The schemes with groups that divide the width of ``site``, as ``annotate`` makes them."""
     width, found = int(site.weight.meta["val"].shape[-1]), []
     for scheme in schemes:

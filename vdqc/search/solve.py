@@ -25,8 +25,8 @@ from vdqc.base.diagnostics import InputError
 
 Axis = Literal["error", "bytes", "us"]
 
-#: Relative distance to the least value that counts as least: 0.000 04 dB, 140 kB of 14 GB.
-GAP = 1e-5
+#: Relative distance to the least value that counts as least: 0.0004 dB.
+GAP = 1e-4
 #: Share by which sums may differ because they were added up in another order.
 _ROUNDING = 1e-12
 #: How often a limit is tightened where the solver's tolerance let a choice slip over it.
