@@ -32,6 +32,7 @@ from torch import fx
 from vdqc.base.diagnostics import Diagnostics, LoweringError
 from vdqc.base.scheme import GranularityKind
 from vdqc.base.target import Target
+from vdqc.ir import transforms
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import cast
 from vdqc.ir.ops import FAKE_QUANTIZE, KRONECKER, ROTATE
@@ -91,7 +92,11 @@ def lower(
         choices = choose(graph, target)
         stored: dict[str, tuple[int, float]] = {}
         packed = {choice.site for choice in choices if choice.kernel != "aten"}
-        emit = _Emitter(graph, reorder_rope(graph, packed), target)
+        orders = reorder_rope(graph, packed)
+        for site in graph.sites(kind=SiteKind.LINEAR):
+            order = orders.get(site.name)
+            transforms.place(graph, site, None if order is None else order.rows)
+        emit = _Emitter(graph, orders, target)
         pairs = list(zip(graph.sites(), choices, strict=True))
         share(graph, emit.work(pairs), "pack", progress)
         for site, choice in progress(pairs, "lower"):
@@ -366,7 +371,9 @@ def _settle(graph: Graph) -> None:
     for index, (node, learned) in enumerate(reads.items()):
         ends = any(user not in reads for user in node.users)
         if learned and ends and node.op == "call_function":
-            graph.replace(node, graph.set_param(f"learned.value_{index}", graph.evaluate(node)))
+            name = f"learned.value_{index}"
+            transforms.bound(graph, name, node)
+            graph.replace(node, graph.set_param(name, graph.evaluate(node)))
 
 
 def _rotations(graph: Graph) -> None:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, fx
 
 from vdqc.engine.pass_manager import Context, Pass, PassResult
+from vdqc.ir import transforms
 from vdqc.ir.analysis.absorb import (
     Cost,
     RotateEdit,
@@ -216,6 +217,7 @@ def fold_constants(graph: Graph, ctx: Context) -> int:
     for node in ctx.progress(roots, "fold"):
         name = _weight_name(graph, node)
         operands = node.all_input_nodes
+        transforms.bound(graph, name, node)
         graph.replace(node, graph.set_param(name, graph.evaluate(node)))
         erase_unread(graph, operands)
     return len(roots)

@@ -28,6 +28,7 @@ from vdqc.base.rounding import InputFactor, compensated, input_factor, output_er
 from vdqc.base.scheme import QuantSpec
 from vdqc.engine.moments import input_moments
 from vdqc.engine.pass_manager import Context, Pass, PassResult
+from vdqc.ir import transforms
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.peers import param_name
@@ -147,8 +148,10 @@ def quantiser(graph: Graph, site: Site) -> tuple[Tensor, Tensor, Tensor | None, 
 
 def rewrite(graph: Graph, site: Site, rounded: Tensor) -> None:
     """Put ``rounded`` behind the quantiser of ``site``, whose scales become plain parameters."""
-    _, scale, zero_point, text = _operands(site.weight)
-    weight = graph.set_param(param_name(site, "weight_rounded"), rounded)
+    value, scale, zero_point, text = _operands(site.weight)
+    name = param_name(site, "weight_rounded")
+    transforms.bound(graph, name, value)
+    weight = graph.set_param(name, rounded)
     scales = [
         _settled(graph, site, node, leaf)
         for node, leaf in ((scale, "rounded_scale"), (zero_point, "rounded_zero_point"))

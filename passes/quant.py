@@ -48,7 +48,7 @@ from vdqc.base.rounding import per_column
 from vdqc.base.scheme import GranularityKind, QuantScheme, QuantSpec
 from vdqc.engine.calibrate import ActivationStats
 from vdqc.engine.pass_manager import Context, Pass, PassResult
-from vdqc.ir import learned
+from vdqc.ir import learned, transforms
 from vdqc.ir.finished import Piece
 from vdqc.ir.graph import Graph, Stage, source_line
 from vdqc.ir.learned import CLIP_START, learned_ratio, parameter_dtype
@@ -307,6 +307,7 @@ def learn_rounding(graph: Graph, site: Site, spec: QuantSpec, scale: fx.Node) ->
     weight = graph.evaluate(site.weight)
     step = per_column(graph.evaluate(scale), spec, weight.shape[-1])
     name = param_name(site, "rounding")
+    transforms.bound(graph, f"{name}_floor", site.weight)
     value = learned.chosen_neighbour(graph, name, weight, step, site.node)
     graph.set_operand(site.node, 1, learned.cast(graph, value, weight.dtype, site.node))
 

@@ -41,6 +41,7 @@ from vdqc.base.scheme import QuantSpec
 from vdqc.engine.frames import site_frames, sizes_of
 from vdqc.engine.moments import input_moments
 from vdqc.engine.pass_manager import Context, Pass, PassResult
+from vdqc.ir import transforms
 from vdqc.ir.frame_gain import linear_frames, size_builder, times_gain
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import cast, parameter_dtype
@@ -408,7 +409,9 @@ def attach(graph: Graph, site: Site, value: fx.Node) -> None:
 def inside(graph: Graph, site: Site, quantised: Tensor, factors: tuple[fx.Node, fx.Node]) -> None:
     """Q(w) -> Q(Q(w) + up·down), on the scales of Q(w)."""
     quantiser, before = site.weight, site.node
-    base = graph.set_param(param_name(site, "weight_base"), quantised.detach())
+    name = param_name(site, "weight_base")
+    transforms.bound(graph, name, quantiser.all_input_nodes[0])
+    base = graph.set_param(name, quantised.detach())
     product = graph.call(aten.matmul.default, *factors, before=before)
     product = cast(graph, product, quantised.dtype, before)
     total = graph.call(aten.add.Tensor, base, product, before=before)

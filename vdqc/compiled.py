@@ -7,7 +7,7 @@ diffusers and transformers pipelines read; the original's source is neither need
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vdqc.base.diagnostics import ArtifactError, InputError
+from vdqc.base.diagnostics import ArtifactError, ConfigError, InputError
 from vdqc.base.target import TARGETS, Target
 from vdqc.hub import layout
 from vdqc.hub.facade import facade
-from vdqc.ir import artifact, ops  # noqa: F401 (registers the vdqc:: ops)
+from vdqc.ir import artifact, ops, transforms  # noqa: F401 (registers the vdqc:: ops)
 from vdqc.ir.graph import Graph
 from vdqc.kernels.table import KERNELS
+from vdqc.lora import Adapters
 from vdqc.lowering.prepare import compile_blocks, prepare
 from vdqc.lowering.residual import has_residuals, split
 from vdqc.packaged import PackagedProgram
@@ -105,6 +106,8 @@ class CompiledModel(nn.Module):
     _cache: ResidualCache | None
     _package: PackagedProgram | None
     _folder: Path | None
+    _adapters: Adapters | None
+    _options: dict[str, Any]
 
     def __init__(self, graph: Graph, target: Target) -> None:
         nn.Module.__init__(self)  # not the original's, which would build it
@@ -117,7 +120,7 @@ class CompiledModel(nn.Module):
         self._build = output_builder(graph.signature)
         self._gradient_checkpointing_func = None  # diffusers asks every model for it
         self.__dict__["_package"] = self.__dict__["_folder"] = None
-        self.__dict__["_reuse"] = self.__dict__["_cache"] = None
+        self.__dict__["_reuse"] = self.__dict__["_cache"] = self.__dict__["_adapters"] = None
         self._prepare()
         self.register_state_dict_post_hook(_original_names)
         self.register_load_state_dict_pre_hook(_program_names)
@@ -145,7 +148,7 @@ class CompiledModel(nn.Module):
         for program in (self._prepared, self._reuse):
             if program is not None:
                 compile_blocks(program, **{"fullgraph": True, **options})
-        self._compiled = True
+        self._compiled, self._options = True, options
 
     def compile_repeated_blocks(self, **options: Any) -> None:
         """As ``compile``; diffusers' name for it."""
@@ -240,6 +243,63 @@ class CompiledModel(nn.Module):
             )
         return artifact.read(self._folder, verify=False)
 
+    def load_lora(
+        self,
+        source: str | Path | Mapping[str, Tensor],
+        weight: float = 1.0,
+        name: str = "default",
+    ) -> None:
+        """Add a LoRA adapter (a safetensors file, its folder, or tensors) to the program.
+
+        Keys as diffusers, peft or kohya name them. It becomes a branch beside each layer, in the
+        basis that the passes gave that layer; nothing is quantised again. A program that was
+        compiled with ``compile`` compiles once more, not when the weight changes. Keys that name
+        no linear layer are left out with a warning that lists them. Raises InputError, ConfigError
+        or ArtifactError, and then leaves the model as it was.
+        """
+        if self._package is not None:
+            raise InputError(
+                "an AOTInductor package takes no adapter: its program cannot be edited",
+                "load the artifact without aot=True",
+            )
+        steps = transforms.read(self._source().path)
+        adapters = self._adapters or Adapters(
+            self.program, self.signature, self.origin, self.target
+        )
+        adapters.add(source, steps, weight, name)
+        self.__dict__["_adapters"] = adapters
+        self._rebuilt()
+
+    def set_lora_weight(self, name: str, weight: float) -> None:
+        """Scale what the adapter ``name`` adds, 0 for nothing; compiles nothing again."""
+        self._loaded_adapters().set_weight(name, weight)
+        self.reset_cache()
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take the adapter ``name`` out again, or all of them."""
+        adapters = self._loaded_adapters()
+        for each in list(adapters.weights) if name is None else [name]:
+            adapters.remove(each)
+        self._rebuilt()
+
+    @property
+    def lora_weights(self) -> dict[str, float]:
+        """Weights of the adapters that are loaded, by name."""
+        return {} if self._adapters is None else dict(self._adapters.weights)
+
+    def _loaded_adapters(self) -> Adapters:
+        if self._adapters is None:
+            raise ConfigError("no adapter is loaded", "load one with load_lora(file)")
+        return self._adapters
+
+    def _rebuilt(self) -> None:
+        """Prepare the program anew after an edit; compile it if it was compiled."""
+        _retarget(self.program, self.device)
+        compiled = self._compiled
+        self._prepare()
+        if compiled:
+            self.compile(**self._options)
+
     def extra_repr(self) -> str:
         """Class, dtype and target."""
         return f"{self.origin.model_class}, dtype={self.origin.dtype}, target={self.target}"
@@ -261,7 +321,8 @@ class CompiledModel(nn.Module):
                 "load without aot=True",
             )
         super()._apply(fn, recurse)
-        if _retarget(self.program, probe.device) or self._cache is not None:
+        edited = self._cache is not None or self._adapters is not None
+        if _retarget(self.program, probe.device) or edited:
             self._prepare()
         return self
 

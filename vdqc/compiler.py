@@ -31,7 +31,7 @@ from vdqc.engine.pool import INDEX, Pool, open_pool
 from vdqc.engine.recipe import Recipe, load_pass
 from vdqc.engine.trajectory import record
 from vdqc.hub import layout
-from vdqc.ir import artifact
+from vdqc.ir import artifact, transforms
 from vdqc.ir.artifact import Artifact
 from vdqc.ir.finished import Piece
 from vdqc.ir.frontend import capture
@@ -99,6 +99,7 @@ def compile(
         refuse_bypassed_hooks(source.model, diagnostics)
         expected = float_output(source) if verify else None
         graph, captured = capture_source(source, diagnostics)
+        transforms.start(graph)
         if graph.stored:  # larger than memory, perhaps: then so is what the passes make of it
             verify = probe_stored(verify, aot, diagnostics)
             asked: dict[str, Any] = {
@@ -149,6 +150,7 @@ def compile(
                 target=machine,
                 progress=progress,
             )
+            transforms.write(graph.transforms, folder)
             save_probe(graph, source.samples[0], folder)
             if aot:
                 inputs = graph.signature.bind((), source.samples[0].inputs)

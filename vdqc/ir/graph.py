@@ -102,6 +102,7 @@ class Graph:
         self.spill = spill
         self.finished = finished
         self.free: set[str] = set()
+        self.transforms: Any = None  # a vdqc.ir.transforms.Transforms, where they are recorded
         self.version = 0
         self.provenance = ""
         self._compiled_version = -1
@@ -328,6 +329,7 @@ class Graph:
             finished=self.finished,
         )
         twin.free, twin.provenance = set(self.free), self.provenance
+        twin.transforms = None if self.transforms is None else self.transforms.copy()
         return twin
 
     # -- running ------------------------------------------------------------------------------
