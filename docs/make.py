@@ -76,14 +76,16 @@ def recipe_index(rows: Sequence[Mapping[str, Any]]) -> str:
             lines += grid(measured, "sqnr_db", "step-locked SQNR, dB")
             lines += ["", *grid(measured, "psnr_db", "PSNR, dB")]
             lines += ["", *grid(measured, "accuracy", "accuracy", digits=3)]
+            lines += ["", *grid(measured, "effective_bits", "effective bits", digits=2)]
     return "\n".join(lines) + "\n"
 
 
 HOW_TO_READ = (
     "Step-locked SQNR compares single calls along the float model's own trajectory; PSNR compares",
     "whole generations from the same seed. Mean over seeds, then half the distance between the",
-    "largest and the smallest; a row of one seed has no spread. Effective bits count scales, zero",
-    "points and branches over all weights of the model that are quantised.",
+    "largest and the smallest; a row of one seed has no spread. A scheme is taken in the form of",
+    "the recipe's own (groups, zero points). Effective bits count scales, zero points and branches",
+    "over all weights that are quantised: compare recipes at equal bits.",
 )
 
 

@@ -30,7 +30,7 @@ ADVICE = {
     "enable_xformers_memory_efficient_attention": "the attention kernel was chosen at compilation",
     "fuse_qkv_projections": "fuse them before the model is compiled",
     "add_adapter": "fuse the adapter before the model is compiled",
-    "load_lora_adapter": "fuse the adapter before the model is compiled",
+    "load_lora_adapter": "load_lora(file, weight) puts an adapter on a compiled model",
     "enable_cache": "step caches hook into blocks: compile with reparameterize, or use the float "
     "model",
     "enable_parallelism": "context and tensor parallelism split the float model's blocks: run one "
