@@ -140,7 +140,7 @@ def measured_table(
             shown(group, "sqnr_db"),
             shown(group, "psnr_db"),
             accuracy if group[0].get("accuracy") is not None else "",
-            f"{mean(group, 'seconds'):.0f}",
+            shown(group, "seconds", 0),
             str(len(group)),
             beside,
         ]
