@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vdqc import compiler
 from vdqc.base.diagnostics import ArtifactError, ConfigError, Diagnostics, InputError
-from vdqc.base.numerics import REDRAWN_NOISE, TOLERANCE, relative_error
+from vdqc.base.numerics import REDRAWN_DISTANCE, REDRAWN_NOISE, TOLERANCE, relative_error
 from vdqc.base.target import Target
 from vdqc.compiled import CompiledModel, load
 from vdqc.engine.pass_manager import Context, PassManager
@@ -202,3 +203,20 @@ def test_an_artifact_without_a_record_says_to_compile_again(wan, source, tmp_pat
         artifact.seal(folder)
     with pytest.raises(ArtifactError, match="compile the model again"):
         load(tmp_path / "old").load_lora(adapter(source.model))
+
+
+@torch.no_grad()
+def test_compiled_merged_and_merged_compiled_are_equally_close(tiny, source, tmp_path):
+    state, call = adapter(source.model), source.samples[1].inputs
+    both = merged(source.model, (state, 1.0))
+    made = compiler.compile(both, source.samples, target="cpu", out=tmp_path / "out")
+    expected, other = both(**call), load(made.path)(**call)
+    noise = relative_error(other, expected)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(state, file)
+    for place in (file, tmp_path):
+        tiny.load_lora(place)
+        actual = tiny(**call)
+        assert relative_error(actual, other) < REDRAWN_NOISE * noise
+        assert relative_error(actual, expected) < REDRAWN_DISTANCE * noise
+        tiny.unload_lora()
