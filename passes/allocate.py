@@ -316,8 +316,7 @@ def row_errors(weight: Tensor, spec: QuantSpec | None, moment: Tensor | None) ->
     """float[N]: output error of each row, rounded to nearest over its whole range."""
     assert spec is not None
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    scale = numerics.scale_from_range(*numerics.value_range(wide, spec), spec)
-    return row_size(wide - numerics.fake_quantize(wide, *scale, spec), moment)
+    return row_size(wide - numerics.nearest(wide, spec), moment)
 
 
 def row_size(value: Tensor, moment: Tensor | None) -> Tensor:

@@ -192,9 +192,9 @@ def smoothed_error(
     scale = scale.to(rows)
     inputs, scaled = rows / scale, weight * scale
     if input_spec is not None:
-        inputs = _nearest(inputs, input_spec)
+        inputs = numerics.nearest(inputs, input_spec)
     if weight_spec is not None:
-        scaled = _nearest(scaled, weight_spec)
+        scaled = numerics.nearest(scaled, weight_spec, whole=input_spec is not None)
     expected = rows @ weight.T
     size = float(expected.square().sum())
     return float((inputs @ scaled.T - expected).square().sum()) / size if size > 0 else 0.0
@@ -241,11 +241,6 @@ def rewrite_learned(graph: Graph, group: Sequence[Site], scale: Tensor) -> None:
 def specs(site: Site) -> tuple[QuantSpec | None, QuantSpec | None]:
     """How weight and input of ``site`` will be quantised."""
     return (None, None) if site.scheme is None else (site.scheme.weight, site.scheme.input)
-
-
-def _nearest(value: Tensor, spec: QuantSpec) -> Tensor:
-    params = numerics.scale_from_range(*numerics.value_range(value, spec), spec)
-    return numerics.fake_quantize(value, *params, spec)
 
 
 def _weight_absmax(graph: Graph, group: Sequence[Site]) -> Tensor:

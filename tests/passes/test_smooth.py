@@ -234,7 +234,8 @@ def test_a_searched_scale_loses_no_more_than_none(seed: int, scheme: str, form: 
     def error(*passes: Pass) -> float:
         graph = annotated(model, x, scheme=scheme)
         run(graph, *passes, Quant(), ctx=context(x, model=model, scheme=scheme))
-        return float((graph.run(x)[0] - expected).square().sum() / expected.square().sum())
+        found = graph.run(x)[0].detach()
+        return float((found - expected).square().sum() / expected.square().sum())
 
     searched = error(Smooth(form=form, search=20))
     # alpha 0 of the activation form is no smoothing at all; of the balanced one it is a candidate

@@ -98,6 +98,14 @@ def scale_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor
     return scale, (-low / scale).round().clamp(spec.qmin, spec.qmax)
 
 
+def nearest(x: Tensor, spec: QuantSpec, *, whole: bool = False) -> Tensor:
+    """``x`` rounded to nearest over its own range; ``whole`` as for weights that meet codes."""
+    scale, zero_point = scale_from_range(*value_range(x, spec), spec)
+    if whole:
+        scale = whole_multiples(scale, spec)
+    return fake_quantize(x, scale, zero_point, spec)
+
+
 def whole_multiples(scale: Tensor, spec: QuantSpec) -> Tensor:
     """Group scales[N, groups], rounded up to whole multiples of one scale per row.
 

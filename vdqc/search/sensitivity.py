@@ -168,18 +168,12 @@ def quantised_weight(weight: Tensor, scheme: QuantScheme) -> Tensor:
     spec = scheme.weight
     if spec is None:
         return weight
-    scale, zero_point = numerics.scale_from_range(*numerics.value_range(weight, spec), spec)
-    if scheme.input is not None:
-        scale = numerics.whole_multiples(scale, spec)
-    return numerics.fake_quantize(weight, scale, zero_point, spec)
+    return numerics.nearest(weight, spec, whole=scheme.input is not None)
 
 
 def nearest(value: Tensor, spec: QuantSpec | None) -> Tensor:
     """``value`` rounded to nearest over its own range; itself without a spec."""
-    if spec is None:
-        return value
-    scale = numerics.scale_from_range(*numerics.value_range(value, spec), spec)
-    return numerics.fake_quantize(value, *scale, spec)
+    return value if spec is None else numerics.nearest(value, spec)
 
 
 def _gains(
