@@ -50,7 +50,7 @@ def _columns(piece: tl.constexpr, part, PIECES: tl.constexpr, B: tl.constexpr, W
 
 @triton.jit
 def _line(  # noqa: C901 - decided at compilation
-    x, y, gate, stream, weight, bias, scale, shift, smooth, signs,
+    x, y, gate, streamed, weight, bias, scale, shift, smooth, signs,
     codes, scales, zeros, sums,
     rows, width, part,
     gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride, eps,
@@ -72,8 +72,8 @@ def _line(  # noqa: C901 - decided at compilation
     for piece in tl.static_range(COUNT):
         column, known = _columns(piece, part, PIECES, B, WHOLE)
         value = residual(x, y, gate, base, gate_base, column, known, ".cg")
-        if stream is not None:
-            tl.store(stream + base + column, value.to(stream.dtype.element_ty), mask=known)
+        if streamed is not None:
+            tl.store(streamed + base + column, value.to(streamed.dtype.element_ty), mask=known)
         total += value
         values += (value,)  # type: ignore[assignment]
     if NORM != "none":
@@ -171,7 +171,7 @@ def launch_line(
         with on_device(x):
             _line[(given["rows"],)](
                 **given,
-                stream=result.stream,
+                streamed=result.stream,
                 codes=result.codes,
                 scales=result.scale,
                 zeros=result.zero,

@@ -28,7 +28,7 @@ from vdqc.kernels.gpu.device import (
     symmetric_scale,
 )
 from vdqc.kernels.gpu.operands import Form, Quantised, allocate, arguments, hadamard_matrix
-from vdqc.kernels.gpu.runtime import on_device
+from vdqc.kernels.gpu.runtime import ABSENT, on_device
 from vdqc.kernels.gpu.steps import activate, affine, deviation, nibbles, residual
 from vdqc.kernels.prologue import Prologue
 
@@ -40,7 +40,7 @@ ORDER_LIMIT = 128
 
 @triton.jit
 def _row(  # noqa: C901 - decided at compilation
-    x, y, gate, stream, weight, bias, scale, shift, smooth, signs, left, right,
+    x, y, gate, streamed, weight, bias, scale, shift, smooth, signs, left, right,
     out, codes, scales, zeros, sums,
     rows, width, part, sign_rows,
     gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
@@ -80,8 +80,8 @@ def _row(  # noqa: C901 - decided at compilation
         # divided in 32 bits: 64 cost as much as the codes of four values
         gate_base = tl.cast(index // gate_every, tl.int64) * gate_stride
         value = residual(x, y, gate, base, gate_base, column, known, ".cg")
-        if stream is not None:
-            tl.store(stream + base + column, value.to(stream.dtype.element_ty), mask=known)
+        if streamed is not None:
+            tl.store(streamed + base + column, value.to(streamed.dtype.element_ty), mask=known)
         if NORM == "layer":
             value = tl.where(known, value - tl.div_rn(tl.sum(value), width * 1.0), 0.0)
         if NORM != "none":
@@ -184,7 +184,7 @@ def launch_row(
         with on_device(x):
             _row[(_programs(x, given["rows"], right is not None),)](
                 **given,
-                stream=stream,
+                streamed=stream,
                 left=left,
                 right=right,
                 out=out,
@@ -215,6 +215,6 @@ def _programs(x: Tensor, rows: int, matrices: bool) -> int:
     """A program a row; where each first loads matrices, only as many as run at once."""
     if not matrices:
         return rows
-    if not x.is_cuda:
+    if not x.is_cuda or ABSENT.get() is not None:
         return min(rows, 3)
     return min(rows, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count)

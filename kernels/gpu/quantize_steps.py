@@ -76,7 +76,7 @@ def _values(
 
 @triton.jit
 def _steps(  # noqa: C901 - decided at compilation
-    x, y, gate, stream, weight, bias, scale, shift, smooth, signs, right, down,
+    x, y, gate, streamed, weight, bias, scale, shift, smooth, signs, right, down,
     codes, scales, zeros, sums, low,
     rows, width, part, rank,
     gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
@@ -96,16 +96,16 @@ def _steps(  # noqa: C901 - decided at compilation
     # first walk: the norm, and the stream
     mean = tl.zeros((ROWS, 1), tl.float32)
     squares = tl.zeros((ROWS, 1), tl.float32)
-    if NORM != "none" or stream is not None:
+    if NORM != "none" or streamed is not None:
         for start in range(0, width, ORDER):
             column = start + place[None, :]
             known = (place[None, :] < ORDER) & (column < width)
             real = live & known
             gate_base = (index // gate_every).to(tl.int64) * gate_stride
             value = residual(x, y, gate, row * width, gate_base, column, real, "")
-            if stream is not None:
+            if streamed is not None:
                 tl.store(
-                    stream + row * width + column, value.to(stream.dtype.element_ty), mask=real
+                    streamed + row * width + column, value.to(streamed.dtype.element_ty), mask=real
                 )
             if NORM == "layer":
                 count = tl.minimum(width - start, ORDER) * 1.0
@@ -213,7 +213,7 @@ def launch_steps(
     with on_device(x):
         _steps[(triton.cdiv(given["rows"], tile["ROWS"]),)](
             **given,
-            stream=result.stream,
+            streamed=result.stream,
             right=right,
             down=down if rank else None,
             codes=result.codes,

@@ -18,7 +18,7 @@ from vdqc.kernels.gpu.variants import Variant
 
 #: adaLN before a linear; the same behind a gated residual; the inside of an MLP.
 _ADALN = {"norm": "layer", "scale": "*fp32", "shift": "*fp32"}
-_RESIDUAL = {**_ADALN, "y": "*bf16", "gate": "*fp32", "stream": "*bf16"}
+_RESIDUAL = {**_ADALN, "y": "*bf16", "gate": "*fp32", "streamed": "*bf16"}
 _GELU = {"activation": "gelu_tanh", "smooth": "*fp32"}
 _INT8, _INT4 = Form(127), Form(0, 4, asymmetric=True, packed=True)
 

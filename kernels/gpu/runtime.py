@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -32,6 +33,9 @@ from vdqc.base.diagnostics import InputError, LoweringError
 MIN_TRITON = (3, 5)
 #: GPU generations with kernels, oldest first.
 ARCHS = ("sm80", "sm89", "sm90", "sm100", "sm120")
+
+#: Generation of the GPU that launches are compiled for while there is none (``absent``).
+ABSENT: ContextVar[str | None] = ContextVar("ABSENT", default=None)
 
 _CONFIGS = Path(__file__).resolve().parent / "configs"
 _Result = TypeVar("_Result")
@@ -106,6 +110,9 @@ def arch_of(device: torch.device) -> str:
 
     The interpreter is given those of sm80, which every GPU can run.
     """
+    there = ABSENT.get()
+    if there is not None:
+        return there
     if device.type != "cuda":
         return ARCHS[0]
     return _arch_of_index(torch.cuda.current_device() if device.index is None else device.index)
@@ -170,7 +177,8 @@ def _fits(found: Sequence[int], wanted: Sequence[int | None]) -> bool:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one: Triton launches there, not where the data is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    real = tensor.is_cuda and ABSENT.get() is None
+    return torch.cuda.device(tensor.device) if real else nullcontext()
 
 
 def best_config(
@@ -202,7 +210,7 @@ def best_config(
 def configuration(op: str, rows: Tensor, n: int, k: int) -> Config:
     """``best_config`` of a GEMM of ``rows[M, ...]`` with ``n`` columns and depth ``k``."""
     device = None
-    if rows.is_cuda:
+    if rows.is_cuda and ABSENT.get() is None:
         device = torch.cuda.current_device() if rows.device.index is None else rows.device.index
     sizes = {"m": rows.shape[0], "n": n, "k": k}
     return best_config(op, arch_of(rows.device), sizes, device)
@@ -331,8 +339,15 @@ def guarded(
 ) -> Tensor:
     """``primary()`` once it has agreed with ``fallback()``; see the module's text.
 
-    While a CUDA graph is being captured nothing can be compared: an unproven variant waits.
+    While a CUDA graph is being captured nothing can be compared: an unproven variant waits. For a
+    GPU that is not there both are compiled.
     """
+    if ABSENT.get() is not None:
+        expected = fallback()
+        try:
+            return primary()
+        except compile_errors():
+            return expected
     if _VERDICTS.get(key):
         return primary()
     if key in _VERDICTS or _capturing():
