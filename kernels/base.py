@@ -97,6 +97,7 @@ class Kernel:
         cost: what a problem costs.
         spelled: the same function in plain torch ops, around opaque ones where needed, for targets
             (keys are device types) whose compiler fuses it with its neighbours.
+        cuda: the route on a GPU, if there is one.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Kernel:
     supports: Callable[[Any, Target], str | None]
     cost: Callable[[Any], Cost]
     spelled: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    cuda: Callable[..., Any] | None = None
 
 
 def define(
@@ -132,4 +134,4 @@ def define(
     if cuda is not None:
         op.register_kernel("cuda", cuda)
     overload = getattr(torch.ops.vdqc_kernels, name).default
-    return Kernel(name, overload, reference, supports, cost, spelled or {})
+    return Kernel(name, overload, reference, supports, cost, spelled or {}, cuda)

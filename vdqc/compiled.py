@@ -23,6 +23,7 @@ from vdqc.ir import artifact, ops, transforms  # noqa: F401 (registers the vdqc:
 from vdqc.ir.graph import Graph
 from vdqc.kernels.table import KERNELS
 from vdqc.lora import Adapters
+from vdqc.lowering.precompile import offer_precompiled
 from vdqc.lowering.prepare import compile_blocks, prepare
 from vdqc.lowering.residual import has_residuals, split
 from vdqc.packaged import PackagedProgram
@@ -44,8 +45,9 @@ def load(
     asserts: a program computes in the dtype that it was captured in. ``verify=False`` skips the
     hashes of the files. ``aot`` runs the AOTInductor package of the folder: that is native code,
     so ask for it only if you trust where the folder came from. A program for a GPU also runs on a
-    CPU, slowly, with a warning: its kernels' references are the same function. Raises ArtifactError
-    for a folder that is damaged, foreign or newer.
+    CPU, slowly, with a warning: its kernels' references are the same function. Precompiled kernels
+    of the folder serve this process where GPU and Triton are those that they were made for. Raises
+    ArtifactError for a folder that is damaged, foreign or newer.
     """
     register_kernels()
     found = artifact.read(path, verify=verify)
@@ -64,6 +66,7 @@ def load(
             "kernels, which are slow: compile with --target cpu to run it on this machine",
             stacklevel=2,
         )
+    offer_precompiled(found.path, torch.device(device))
     if aot:
         model.__dict__["_package"] = PackagedProgram(found.path)
     return model

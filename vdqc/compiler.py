@@ -41,6 +41,8 @@ from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source, load_source
 from vdqc.ir.weights import return_freed_memory
 from vdqc.lowering.lower import lower
+from vdqc.lowering.precompile import CUBINS, check_precompiles
+from vdqc.lowering.precompile import precompile as compile_kernels
 from vdqc.lowering.select import KernelChoice
 from vdqc.passes.table import PASSES
 from vdqc.sites import site_rows, with_kernels
@@ -73,6 +75,7 @@ def compile(
     mapped: bool | None = None,
     fresh: bool = False,
     aot: bool = False,
+    precompile: bool = False,
     diagnostics: Diagnostics | None = None,
     progress: Progress = lambda items, description: items,
 ) -> Artifact:
@@ -83,15 +86,18 @@ def compile(
     ``<name>.vdqc``. Passes learn from the samples, or from the calls that ``record_pool`` left in
     the folder ``pool``; the graph is captured from the samples either way. ``mapped`` leaves a
     folder's weights on disk and streams them (by default where they exceed half of the free
-    memory); ``aot`` adds an AOTInductor package. Words and order are checked before the model is
-    loaded, an existing ``out`` is refused unless ``force``, and nothing is left behind if anything
-    fails, but for a streamed model: what is finished then stays in ``<out>.partial``, where the
-    same call goes on unless ``fresh``. Under ``torchrun`` the first worker writes ``out``, the
-    others train with it, or share the weights of a streamed model. Raises VdqcError.
+    memory); ``aot`` adds an AOTInductor package, ``precompile`` the GPU kernels as machine code.
+    Words and order are checked before the model is loaded, an existing ``out`` is refused unless
+    ``force``, and nothing is left behind if anything fails, but for a streamed model: what is
+    finished then stays in ``<out>.partial``, where the same call goes on unless ``fresh``. Under
+    ``torchrun`` the first worker writes ``out``, the others train with it, or share the weights of
+    a streamed model. Raises VdqcError.
     """
     diagnostics = diagnostics or Diagnostics()
     plan = parse_recipe(passes, scheme, recipe)
     machine = usable_target(target, diagnostics)
+    if precompile:
+        check_precompiles(machine)
     place = own_place(out_folder(model, out))
     calls = None if pool is None else open_pool(Path(pool))
     with ExitStack() as kept, artifact.staging(place, force) as folder:
@@ -138,6 +144,8 @@ def compile(
                 "bytes_float": bytes_float,
                 "sites": with_kernels(rows, choices),
             }
+            if precompile:
+                compile_kernels(graph, machine, folder / CUBINS, diagnostics)
             artifact.write(
                 graph,
                 folder,

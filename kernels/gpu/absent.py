@@ -3,58 +3,42 @@
 ::
 
     with absent("sm90") as found:
-        int8_linear(codes, scale, ...)      # fake tensors on found.device
-    found.kernels                           # what Triton compiled, and where it keeps it
+        int8_linear(codes, scale, ...)      # tensors on torch's device "meta"
+    found                                   # what Triton compiled, and where it keeps it
 
 Triton is given a driver that names the GPU, loads nothing and launches nothing; all else is its own
 way from a launch to a cubin, so specialisations, options and keys are those that the same launch
-asks for on the GPU. Tensors are torch's fake ones: they have shapes, no memory, and addresses that
-are multiples of 16, as those of torch's allocator are.
+asks for on the GPU. Tensors on ``meta`` have shapes, no memory, and the address 0: a multiple of
+16, as the addresses of torch's allocator are.
 
 Error: none.
 Source: ours.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, final
+from typing import Any
 
 import torch
 import triton
-from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.cache import CacheManager, FileCacheManager
 
-from vdqc.base import hadamard
 from vdqc.base.diagnostics import LoweringError
 from vdqc.base.target import TARGETS
-from vdqc.kernels.gpu.operands import hadamard_matrix
 from vdqc.kernels.gpu.runtime import ABSENT, check_triton, is_interpreted
 
-
-@final
-@dataclass
-class Absent:
-    """What launches on a GPU that is not there left behind.
-
-    Attributes:
-        device: of the fake tensors; its index is no GPU's.
-        kernels: files that Triton made, by its key: name to path, as ``byte_gemm.cubin``.
-    """
-
-    device: torch.device
-    kernels: dict[str, Mapping[str, Path]] = field(default_factory=dict)
+#: Files that Triton made, by its key: name to path, as ``byte_gemm.cubin``.
+Compiled = dict[str, Mapping[str, Path]]
 
 
 @contextmanager
-def absent(arch: str) -> Iterator[Absent]:
-    """Launches inside compile for ``arch`` (``sm90``); torch makes fake tensors.
+def absent(arch: str) -> Iterator[Compiled]:
+    """Launches inside compile for ``arch`` (``sm90``); gives what they compiled.
 
     Raises LoweringError without Triton, or under ``TRITON_INTERPRET``.
     """
@@ -64,29 +48,25 @@ def absent(arch: str) -> Iterator[Absent]:
             "expected kernels decorated for a compiler, got those of the interpreter",
             "unset TRITON_INTERPRET",
         )
-    found = Absent(torch.device("cuda", int(arch[2:])))  # far beyond the GPUs of a machine
+    found: Compiled = {}
     machine = _Driver(arch)
     before, token = driver._active, ABSENT.set(arch)
     driver.set_active(machine)
     try:
-        with triton.knobs.cache.scope(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            triton.knobs.cache.manager_class = _noting(found.kernels)
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                yield found
+        with triton.knobs.cache.scope():
+            triton.knobs.cache.manager_class = _noting(found)
+            yield found
     finally:
         driver._active = before
         ABSENT.reset(token)
         machine.forget()
-        for cache in (hadamard.hadamard, hadamard_matrix):  # they may hold fake tensors now
-            cache.cache_clear()
 
 
-class _Driver(DriverBase):  # type: ignore[misc]
+class _Driver(DriverBase):
     """What Triton asks of a machine, for one that only compiles."""
 
     def __init__(self, arch: str) -> None:
-        self._index = int(arch[2:])
+        self._index = int(arch[2:])  # no machine has as many GPUs
         self._compiled: set[Any] = set()
         properties = {"max_shared_mem": TARGETS[arch].shared_memory, "multiprocessor_count": 1}
         self.utils = SimpleNamespace(
@@ -129,25 +109,25 @@ class _Driver(DriverBase):  # type: ignore[misc]
             function.device_caches.pop(self._index, None)
 
 
-def _noting(kernels: dict[str, Mapping[str, Path]]) -> type[CacheManager]:
+def _noting(kernels: Compiled) -> type[CacheManager]:
     """The manager of Triton's cache that is in use, noting what goes through it."""
     plain: Any = triton.knobs.cache.manager_class or FileCacheManager
 
-    class Noting(CacheManager):  # type: ignore[misc]
+    class Noting(CacheManager):
         def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
             self._key, self._kept = key, plain(key, override=override, dump=dump)
 
         def get_file(self, filename: str) -> str | None:
-            return self._kept.get_file(filename)  # type: ignore[no-any-return]
+            return self._kept.get_file(filename)
 
         def put(self, data: Any, filename: str, binary: bool = True) -> str:
-            return self._kept.put(data, filename, binary)  # type: ignore[no-any-return]
+            return self._kept.put(data, filename, binary)
 
         def get_group(self, filename: str) -> dict[str, str] | None:
             group = self._kept.get_group(filename)
             if group:
                 self._note(group)
-            return group  # type: ignore[no-any-return]
+            return group
 
         def put_group(self, filename: str, group: dict[str, str]) -> Any:
             self._note(group)

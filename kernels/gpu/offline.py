@@ -51,6 +51,12 @@ def compile_variant(variant: Variant, arch: str) -> Figures:
 
     Raises LoweringError if it does not compile, or under ``TRITON_INTERPRET``.
     """
+    found = compiled(variant, arch)
+    return read_cubin(found.asm["cubin"], int(found.metadata.shared))
+
+
+def compiled(variant: Variant, arch: str) -> Any:
+    """Triton's compiled kernel of ``variant``; raises as ``compile_variant``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -63,14 +69,13 @@ def compile_variant(variant: Variant, arch: str) -> Figures:
     source = ASTSource(variant.fn, *_arguments(variant))
     target = GPUTarget("cuda", int(arch[2:]), 32)
     try:
-        compiled = triton.compile(
+        return triton.compile(
             source, target=target, options={"enable_fp_fusion": True} | dict(variant.options)
         )
     except Exception as error:
         raise LoweringError(
             f"{variant.name} does not compile for {arch}: {_in_one_line(error)}"
         ) from error
-    return read_cubin(compiled.asm["cubin"], int(compiled.metadata.shared))
 
 
 def _arguments(variant: Variant) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:

@@ -28,7 +28,7 @@ from vdqc.kernels.gpu.device import (
     symmetric_scale,
 )
 from vdqc.kernels.gpu.operands import Form, Quantised, allocate, arguments, hadamard_matrix
-from vdqc.kernels.gpu.runtime import ABSENT, on_device
+from vdqc.kernels.gpu.runtime import on_device
 from vdqc.kernels.gpu.steps import activate, affine, deviation, nibbles, residual
 from vdqc.kernels.prologue import Prologue
 
@@ -215,6 +215,6 @@ def _programs(x: Tensor, rows: int, matrices: bool) -> int:
     """A program a row; where each first loads matrices, only as many as run at once."""
     if not matrices:
         return rows
-    if not x.is_cuda or ABSENT.get() is not None:
+    if not x.is_cuda:
         return min(rows, 3)
     return min(rows, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count)

@@ -110,11 +110,8 @@ def arch_of(device: torch.device) -> str:
 
     The interpreter is given those of sm80, which every GPU can run.
     """
-    there = ABSENT.get()
-    if there is not None:
-        return there
     if device.type != "cuda":
-        return ARCHS[0]
+        return ABSENT.get() or ARCHS[0]
     return _arch_of_index(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -159,7 +156,7 @@ def operand(
         )
     if device is not None and tensor.device != device:
         raise InputError(f"{name}: expected it on {device}, got {tensor.device}", code="operand")
-    if tensor.device.type != "cuda" and not is_interpreted():
+    if tensor.device.type != "cuda" and not (is_interpreted() or ABSENT.get()):
         raise InputError(
             f"{name}: expected a tensor on a GPU, got {tensor.device}",
             "TRITON_INTERPRET=1, set before triton is imported, runs kernels on the CPU",
@@ -177,8 +174,7 @@ def _fits(found: Sequence[int], wanted: Sequence[int | None]) -> bool:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one: Triton launches there, not where the data is."""
-    real = tensor.is_cuda and ABSENT.get() is None
-    return torch.cuda.device(tensor.device) if real else nullcontext()
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def best_config(
@@ -210,7 +206,7 @@ def best_config(
 def configuration(op: str, rows: Tensor, n: int, k: int) -> Config:
     """``best_config`` of a GEMM of ``rows[M, ...]`` with ``n`` columns and depth ``k``."""
     device = None
-    if rows.is_cuda and ABSENT.get() is None:
+    if rows.is_cuda:
         device = torch.cuda.current_device() if rows.device.index is None else rows.device.index
     sizes = {"m": rows.shape[0], "n": n, "k": k}
     return best_config(op, arch_of(rows.device), sizes, device)

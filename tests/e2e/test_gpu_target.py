@@ -1,13 +1,19 @@
 """Programs for a GPU, as far as a machine without one can tell."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import vdqc
+from vdqc.base.diagnostics import ArtifactError, LoweringError
 from vdqc.base.numerics import relative_error
 from vdqc.ir import artifact
+from vdqc.lowering.precompile import CUBINS
 from vdqc.testing.architectures import ARCHITECTURES
 
 WAN = ARCHITECTURES["wan-t2v"]
@@ -26,3 +32,41 @@ def test_a_program_for_a_gpu_runs_on_its_references(tmp_path: Path) -> None:
     noise = relative_error(expected, original)
     assert relative_error(program(**call).sample, expected) < 0.5 * noise
     assert artifact.read(tmp_path / "sm90").manifest["target"] == "sm90"
+
+
+def test_precompiled_kernels_are_part_of_the_artifact(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        *("compile", str(model_file), "--passes", "quant", "--scheme", "blocks.1.down=w8a8"),
+        *("--target", "sm80", "--precompile", "-o", str(tmp_path / "out")),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
+    subprocess.run(
+        [sys.executable, "-m", "vdqc", *words], env=environment, check=True, capture_output=True
+    )
+    found = artifact.read(tmp_path / "out")
+    index = json.loads((found.path / CUBINS / "index.json").read_text())
+    assert index["arch"] == "sm80"
+    assert {row["name"] for row in index["kernels"]} == {"_line", "byte_gemm"}
+    files = [name for name in found.manifest["files"] if name.startswith(CUBINS)]
+    assert len(files) == 1 + 2 * len(index["kernels"])
+
+    # on a GPU of another generation they are left alone, with one sentence
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    with pytest.warns(UserWarning, match="compiled for sm80, this GPU is sm90; they are ignored"):
+        vdqc.load(found.path)
+    monkeypatch.undo()
+
+    cubin = next((found.path / CUBINS).glob("*/byte_gemm.cubin"))
+    cubin.write_bytes(bytes(len(cubin.read_bytes())))
+    with pytest.raises(ArtifactError, match=r"byte_gemm\.cubin is not the file that was written"):
+        vdqc.load(found.path)
+
+
+def test_precompile_asks_for_a_gpu_target(model_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match="expected a GPU target for --precompile, got cpu"):
+        vdqc.compile(model_file, target="cpu", precompile=True, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

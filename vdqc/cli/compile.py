@@ -28,6 +28,11 @@ def add(sub: Any) -> None:
     )
     sub.add_argument("--aot", action="store_true", help="add an AOTInductor package")
     sub.add_argument(
+        "--precompile",
+        action="store_true",
+        help="add the GPU kernels as machine code: the first run compiles nothing",
+    )
+    sub.add_argument(
         "--mapped",
         action="store_true",
         default=None,
@@ -68,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
         "force": options.force,
         "fresh": options.fresh,
         "aot": options.aot,
+        "precompile": options.precompile,
         "seed": options.seed,
         "verify": not options.no_verify,
         "component": options.component,
