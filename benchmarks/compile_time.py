@@ -30,6 +30,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the vdqc command does
+
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "compile_time.json"

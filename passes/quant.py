@@ -42,7 +42,7 @@ from torch import Tensor, fx
 
 from vdqc.base import numerics
 from vdqc.base.diagnostics import ConfigError, InputError
-from vdqc.base.packing import packed_bytes
+from vdqc.base.packing import pack, packed_bytes
 from vdqc.base.ranges import clipped_range
 from vdqc.base.rounding import per_column
 from vdqc.base.scheme import GranularityKind, QuantScheme, QuantSpec
@@ -54,7 +54,7 @@ from vdqc.ir.graph import Graph, Stage, source_line
 from vdqc.ir.learned import CLIP_START, learned_ratio, parameter_dtype
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.peers import feed, param_name, quantised_groups, wrap_weight
-from vdqc.ir.resume import WeightWork, finish, share
+from vdqc.ir.resume import WeightWork, codes_key, finish, may_keep_codes, share
 from vdqc.ir.site import Site, SiteKind, set_note
 
 aten = torch.ops.aten
@@ -245,13 +245,20 @@ def fixed_weight_scale(
     found = finish(graph, measuring(graph, site, spec, weight_range))
     zero_point = found.tensor("zero_point") if "zero_point" in found.tensors else None
     params = _params(graph, site, "weight", found.tensor("scale"), zero_point)
+    if graph.finished is not None and "codes" in found.tensors:
+        key = codes_key(graph, site.weight, params[0], spec)
+        graph.finished.codes[key] = found.tensors["codes"]
     return params, {"scheme": str(_scheme(site)), **found.facts}
 
 
 def measuring(graph: Graph, site: Site, spec: QuantSpec, weight_range: WeightRange) -> WeightWork:
-    """What finds scale, zero point and facts of the weight of ``site``: one reading of it."""
+    """What finds scale, zero point and facts of the weight of ``site``: one reading of it.
+
+    Of a weight on disk also the packed codes, which lowering would else read it again for.
+    """
     # where both operands are codes, the sum over groups stays whole
     whole = _scheme(site).input is not None
+    keeps_codes = graph.finished is not None and may_keep_codes(spec)
 
     def compute() -> Piece:
         weight = graph.evaluate(site.weight)
@@ -259,7 +266,12 @@ def measuring(graph: Graph, site: Site, spec: QuantSpec, weight_range: WeightRan
         if whole:
             scale = numerics.whole_multiples(scale, spec)
         tensors = {"scale": scale} | ({} if zero_point is None else {"zero_point": zero_point})
-        return Piece(tensors, measured(weight, scale, zero_point, spec))
+        if not keeps_codes:
+            return Piece(tensors, measured(weight, scale, zero_point, spec))
+        codes = numerics.by_rows(numerics.quantize, weight, scale, zero_point, spec)
+        packed = pack(codes, spec.dtype.bits)
+        facts = measured(weight, scale, zero_point, spec, codes)
+        return Piece({**tensors, "codes": packed}, facts)
 
     return WeightWork(f"quant {site.name} {spec} {weight_range} {whole}", [site.weight], compute)
 
@@ -346,11 +358,22 @@ def weight_facts(
 
 
 def measured(
-    weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    spec: QuantSpec,
+    codes: Tensor | None = None,
 ) -> dict[str, Any]:
-    """SQNR, bytes and bits of float[N, K] quantised so."""
+    """SQNR, bytes and bits of float[N, K] quantised so, perhaps to ``codes`` already."""
     stored = stored_bytes(weight, scale, zero_point, spec)
-    quantised = numerics.by_rows(numerics.fake_quantize, weight, scale, zero_point, spec)
+    if codes is None:
+        quantised = numerics.by_rows(numerics.fake_quantize, weight, scale, zero_point, spec)
+    else:
+
+        def dequantized(part: Tensor, *how: Any) -> Tensor:
+            return numerics.dequantize(part, *how).to(weight.dtype)
+
+        quantised = numerics.by_rows(dequantized, codes, scale, zero_point, spec)
     return {
         "sqnr_db": round(numerics.sqnr_db(quantised, weight), 2),
         "weights": weight.numel(),

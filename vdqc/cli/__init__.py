@@ -35,6 +35,9 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Errors that a user can cause are printed, not raised."""
+    # large tensors in huge pages; streaming 10 layers of a 14B model: 80 s instead of 102. torch
+    # looks at its first allocation
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         options = build_parser().parse_args(argv)
     except VdqcError as error:

@@ -94,12 +94,16 @@ class Alone:
 
 @final
 class Finished:
-    """See the module's text. ``taken`` and ``made`` count pieces found and pieces computed."""
+    """See the module's text. ``taken`` and ``made`` count pieces found and pieces computed.
+
+    ``codes`` are packed weights that a pass met on its way, by ``vdqc.ir.resume.codes_key``.
+    """
 
     def __init__(self, folder: Path, group: Group | None = None) -> None:
         self.folder = folder
         self.group: Group = group or Alone()
         self.taken = self.made = 0
+        self.codes: dict[str, Weight] = {}
         self.damaged: list[Path] = []
         for name in ("pieces", "files"):
             (folder / name).mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from vdqc.base.diagnostics import ArtifactError, Diagnostics
+from vdqc.base.scheme import QuantSpec
 from vdqc.ir.finished import Alone, Finished, Group, Job, Piece, tensor_hash, weight_identity
 from vdqc.ir.graph import Graph
 from vdqc.ir.sample import Sample
@@ -103,6 +104,16 @@ def weight_key(graph: Graph, work: WeightWork) -> str:
         return known[node]
 
     return "\n".join([work.what, *("none" if node is None else text(node) for node in work.nodes)])
+
+
+def may_keep_codes(spec: QuantSpec) -> bool:
+    """True for codes that ``vdqc.base.packing`` holds as they are: symmetric integers."""
+    return spec.symmetric and not spec.dtype.is_float and not spec.planes
+
+
+def codes_key(graph: Graph, weight: fx.Node, scale: fx.Node, spec: QuantSpec) -> str:
+    """What decides the codes of ``weight``: expressions and content of all that makes them."""
+    return weight_key(graph, WeightWork(f"codes {spec}", [weight, scale], Piece))
 
 
 def _leaf(graph: Graph, node: fx.Node) -> str:
