@@ -107,14 +107,14 @@ def _cost(problem: AttentionProblem) -> Cost:
     if problem.queries * problem.keys < MIN_SCORES:
         return torch_attention_cost(problem)  # the route that a call of this size takes
     form = FLOAT_FORMAT[problem.dtype]
-    # the softmax of one score takes as long as 240 operations of the bfloat16 unit: 0.6 ns
-    return Cost({form: scores * (4 * problem.width + 240)}, 0.0, 40.0 * problem.heads)
+    ops = {form: scores * 4 * problem.width, "softmax": scores}
+    return Cost(ops, 0.0, 40.0 * problem.heads)
 
 
 def torch_attention_cost(problem: AttentionProblem) -> Cost:
-    """What torch's own attention costs on a CPU: 40 % of the fp32 peak in every dtype."""
+    """What torch's own attention costs on a CPU, where every dtype runs at one rate."""
     scores = float(problem.batch * problem.heads * problem.queries * problem.keys)
-    return Cost({"fp32": scores * 4 * problem.width * 2.5}, 0.0)
+    return Cost({"sdpa": scores * 4 * problem.width}, 0.0)
 
 
 ATTENTION = define(

@@ -62,20 +62,41 @@ class Cost:
     """What one call does; ``us`` prices it on a machine.
 
     Attributes:
-        ops: multiplications and additions, by format (``int8``, ``bf16``, ``fp32``).
+        ops: multiplications and additions, by format (``int8``, ``bf16``, ``fp32``), and the other
+            units of ``Target.peak``.
         bytes: read and written in main memory.
-        launch_us: fixed time of a call.
+        launch_us: fixed time beside that of calling.
+        calls: of an op; each takes ``Target.call_us``.
     """
 
     ops: Mapping[str, float]
     bytes: float
-    launch_us: float = 5.0
+    launch_us: float = 0.0
+    calls: float = 1.0
 
     def us(self, target: Target) -> float:
-        """Roofline time in microseconds; a format without a unit on ``target`` runs as fp32."""
+        """Time in microseconds; a format without a unit on ``target`` runs as fp32.
+
+        On a GPU the roofline: the longer of computing and moving. A CPU's quantisers, products and
+        epilogues are loops of their own and follow each other: the sum of both.
+        """
         slowest = target.peak["fp32"]
         compute = sum(n / target.peak.get(form, slowest) for form, n in self.ops.items()) * 1e-6
-        return self.launch_us + max(compute, self.bytes / target.bandwidth * 1e-3)
+        moving = self.bytes / target.bandwidth * 1e-3
+        both = compute + moving if target.device == "cpu" else max(compute, moving)
+        return self.calls * target.call_us + self.launch_us + both
+
+    def __add__(self, other: Cost) -> Cost:
+        """Both, one after the other."""
+        forms = {*self.ops, *other.ops}
+        ops = {f: self.ops.get(f, 0.0) + other.ops.get(f, 0.0) for f in sorted(forms)}
+        launch_us, calls = self.launch_us + other.launch_us, self.calls + other.calls
+        return Cost(ops, self.bytes + other.bytes, launch_us, calls)
+
+    def __mul__(self, times: float) -> Cost:
+        """``times`` such calls."""
+        ops = {form: count * times for form, count in self.ops.items()}
+        return Cost(ops, self.bytes * times, self.launch_us * times, self.calls * times)
 
 
 #: Peak format in which a float dtype is multiplied.
@@ -85,6 +106,10 @@ FLOAT_FORMAT: Mapping[torch.dtype, str] = {
     torch.float16: "bf16",
     torch.bfloat16: "bf16",
 }
+
+
+#: What takes no time.
+NOTHING = Cost({}, 0.0, calls=0.0)
 
 
 @final

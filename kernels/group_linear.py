@@ -80,7 +80,7 @@ def _cost(problem: LinearProblem) -> Cost:
     size = problem.dtype.itemsize
     weight = n * packed_bytes(problem.weight.dtype.bits, k) + n * k * (12 + 2 * size)
     activation = m * k * (2 * size + 3) + m * n * 3 * size
-    return Cost({FLOAT_FORMAT[problem.dtype]: 2.0 * m * n * k}, weight + activation)
+    return Cost({FLOAT_FORMAT[problem.dtype]: 2.0 * m * n * k}, weight + activation, calls=2.0)
 
 
 GROUP_LINEAR = define(

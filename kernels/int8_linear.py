@@ -113,7 +113,8 @@ def _supports(problem: LinearProblem, target: Target) -> str | None:
 def _cost(problem: LinearProblem) -> Cost:
     m, n, k = problem.m, problem.n, problem.k
     size = problem.dtype.itemsize
-    return Cost({"int8": 2.0 * m * n * k}, n * k + m * k * (size + 2) + m * n * (8 + size))
+    moved = n * k + m * k * (size + 2) + m * n * (8 + size)
+    return Cost({"int8": 2.0 * m * n * k}, moved, calls=2.0)  # the quantiser, the product
 
 
 INT8_LINEAR = define(

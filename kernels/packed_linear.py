@@ -140,7 +140,8 @@ def _cost(problem: LinearProblem) -> Cost:
     # unpacking writes and reads int8[N, K], twice with group multipliers
     passes = 4 if problem.weight.granularity.size else 2
     weight = n * packed_bytes(problem.weight.dtype.bits, k) + passes * n * k
-    return Cost({"int8": 2.0 * m * n * k}, weight + m * k * (size + 2) + m * n * (8 + size))
+    moved = weight + m * k * (size + 2) + m * n * (8 + size)
+    return Cost({"int8": 2.0 * m * n * k}, moved, calls=2.0)  # the quantiser, the product
 
 
 PACKED_LINEAR = define(

@@ -448,10 +448,10 @@ def _supports(problem: SparseAttentionProblem, target: Target) -> str | None:
 
 def _cost(problem: SparseAttentionProblem) -> Cost:
     form, size, scores = FLOAT_FORMAT[problem.dtype], problem.dtype.itemsize, problem.scores
-    # softmax of one score as in ``attention``: 0.6 ns on the CPU
-    ops = {form: scores * (4 * problem.width + 240)}
+    ops = {form: scores * 4 * problem.width, "softmax": scores}
     if problem.int8:
-        ops = {form: scores * (2 * problem.width + 240), "int8": scores * 2 * problem.width}
+        products = scores * 2 * problem.width
+        ops = {form: products, "int8": products, "softmax": scores}
     tokens = problem.batch * problem.heads * problem.width
     moved = (2 * problem.queries + 2 * problem.keys) * size + problem.queries * problem.residual
     return Cost(ops, float(tokens * moved), 40.0 * problem.heads)

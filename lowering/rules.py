@@ -1,10 +1,14 @@
 """What a site of a compressed graph asks of a kernel, and which kernels may answer.
 
-Reads the graph, never edits it. Sizes that vary are taken from the captured example.
+Reads the graph, never edits it. Sizes that vary are those of the captured example, or of a call
+that ``sized_like`` names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,6 +19,7 @@ from vdqc.base.scheme import GranularityKind, QuantSpec
 from vdqc.ir.graph import Graph
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import Site
+from vdqc.ir.sizes import size_expression
 from vdqc.kernels.attention import ATTENTION
 from vdqc.kernels.base import AttentionProblem, Kernel, LinearProblem
 from vdqc.kernels.group_linear import GROUP_LINEAR
@@ -137,10 +142,36 @@ def factor_scales(scale: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
     return base.squeeze(-1), multiplier.to(torch.int8)
 
 
+_SIZES: ContextVar[Mapping[Any, int]] = ContextVar("_SIZES")
+
+
+@contextmanager
+def sized_like(graph: Graph, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Sizes that vary are taken from a call with these keyword arguments meanwhile."""
+    known: dict[Any, int] = {}
+    for node, given in zip(graph.inputs, graph.signature.bind((), inputs), strict=True):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and isinstance(given, Tensor):
+            for size, actual in zip(value.shape, given.shape, strict=True):
+                if isinstance(size, torch.SymInt):
+                    known.setdefault(size_expression(size), int(actual))
+        elif isinstance(value, torch.SymInt) and isinstance(given, int):
+            known.setdefault(size_expression(value), given)
+    token = _SIZES.set(known)
+    try:
+        yield
+    finally:
+        _SIZES.reset(token)
+
+
 def hint(size: Any) -> int:
-    """A size, or for one that varies its value in the captured example."""
+    """A size, or for one that varies its value in the call of ``sized_like`` or the example."""
     if isinstance(size, int):
         return size
+    if known := _SIZES.get({}):
+        value = size_expression(size).subs(known)
+        if value.is_Integer:
+            return int(value)
     value = size.node.hint
     return 1024 if value is None else int(value)
 

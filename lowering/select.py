@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
@@ -15,7 +16,14 @@ from vdqc.ir.graph import Graph
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import Site, SiteKind
 from vdqc.kernels.attention import torch_attention_cost
-from vdqc.kernels.base import FLOAT_FORMAT, Cost, Kernel, LinearProblem, Problem
+from vdqc.kernels.base import (
+    FLOAT_FORMAT,
+    NOTHING,
+    Cost,
+    Kernel,
+    LinearProblem,
+    Problem,
+)
 from vdqc.kernels.packed_linear import PACKED_LINEAR
 from vdqc.kernels.sparse_attention import SPARSE_ATTENTION, SPARSE_ATTENTION_INT8
 from vdqc.lowering.rules import (
@@ -23,6 +31,7 @@ from vdqc.lowering.rules import (
     LINEAR_KERNELS,
     attention_obstacle,
     attention_problem,
+    hint,
     linear_site,
 )
 from vdqc.lowering.sparse import dense_problem, is_sparse, sparse_problem
@@ -42,6 +51,7 @@ class KernelChoice:
         fallback: a quantised site that no kernel supports; it runs in float.
         bytes, bits: what lowering stored for its weight and branch, in all and for each weight;
             None before it did.
+        cost: what ``predicted_us`` is the price of, on whatever machine.
     """
 
     site: str
@@ -52,6 +62,11 @@ class KernelChoice:
     fallback: bool = False
     bytes: int | None = None
     bits: float | None = None
+    cost: Cost = NOTHING
+
+    def priced(self, machine: Target) -> KernelChoice:
+        """The same choice at its price on ``machine``."""
+        return replace(self, predicted_us=self.cost.us(machine))
 
 
 def choose(graph: Graph, target: Target, *, planned: bool = False) -> list[KernelChoice]:
@@ -74,9 +89,15 @@ def choose_site(graph: Graph, site: Site, target: Target, *, planned: bool = Fal
     if site.kind is SiteKind.ATTENTION:
         return _attention(site, target)
     quantised = any(operand.target is FAKE_QUANTIZE for operand in site.node.all_input_nodes)
-    if quantised:
-        return KernelChoice(site.name, "aten", f"no kernel for {site.kind}", 0.0, fallback=True)
-    return KernelChoice(site.name, "aten", "the site is in float", 0.0)
+    why = f"no kernel for {site.kind}" if quantised else "the site is in float"
+    return _plain(site.name, why, _conv_cost(site), target, fallback=quantised)
+
+
+def _plain(
+    name: str, why: str, cost: Cost, target: Target, *, fallback: bool = False
+) -> KernelChoice:
+    """torch's own op."""
+    return KernelChoice(name, "aten", why, cost.us(target), fallback=fallback, cost=cost)
 
 
 def _planned(problem: LinearProblem, scheme: QuantScheme) -> LinearProblem:
@@ -87,17 +108,18 @@ def _planned(problem: LinearProblem, scheme: QuantScheme) -> LinearProblem:
 
 
 def _linear(name: str, problem: LinearProblem, target: Target) -> KernelChoice:
-    plain = _float_cost(problem).us(target)
+    plain = _float_cost(problem)
     if problem.weight is None and problem.input is None:
-        return KernelChoice(name, "aten", "the site is in float", plain)
+        return _plain(name, "the site is in float", plain, target)
     best, refused = _rank(LINEAR_KERNELS, problem, target)
     if not best:
-        return KernelChoice(name, "aten", _reasons(refused), plain, fallback=True)
-    time, kernel = best[0]
+        return _plain(name, _reasons(refused), plain, target, fallback=True)
+    kernel = best[0][1]
+    cost = kernel.cost(problem)
     if problem.weight is not None and problem.weight.planes:
         plane = replace(problem, weight=QuantSpec.parse("int1/channel/asym"))
-        time += problem.weight.planes * PACKED_LINEAR.cost(plane).us(target)
-    others = [*((t, k.name) for t, k in best[1:]), (plain, "aten.linear in float")]
+        cost += PACKED_LINEAR.cost(plane) * problem.weight.planes
+    others = [*((t, k.name) for t, k in best[1:]), (plain.us(target), "aten.linear in float")]
     next_time, next_name = min(others)
     size = f"{problem.m} x {problem.k} x {problem.n}"
     spec = f"weight {problem.weight}, input {problem.input or 'float'}"
@@ -105,30 +127,34 @@ def _linear(name: str, problem: LinearProblem, target: Target) -> KernelChoice:
         name,
         kernel.name,
         f"{size}, {spec}; " + ("; ".join(refused) if refused else "nothing refused"),
-        time,
+        cost.us(target),
         f"{next_name} at {next_time:.0f} us",
+        cost=cost,
     )
 
 
 def _attention(site: Site, target: Target) -> KernelChoice:
     obstacle = attention_obstacle(site.node)
     if obstacle is not None:
-        return KernelChoice(site.name, "aten", obstacle, 0.0)
+        return _plain(site.name, obstacle, _any_attention_cost(site.node), target)
     problem = attention_problem(site.node)
-    plain = torch_attention_cost(problem).us(target)
+    plain = torch_attention_cost(problem)
     best, refused = _rank(ATTENTION_KERNELS, problem, target)
     if not best:
-        return KernelChoice(site.name, "aten", "; ".join(refused), plain)
+        return _plain(site.name, "; ".join(refused), plain, target)
     time, kernel = best[0]
+    plain_time = plain.us(target)
     shape = f"{problem.heads} heads, {problem.queries} x {problem.keys} scores of {problem.width}"
-    if plain < time:
-        return KernelChoice(site.name, "aten", shape, plain, f"{kernel.name} at {time:.0f} us")
-    return KernelChoice(site.name, kernel.name, shape, time, f"aten at {plain:.0f} us")
+    if plain_time < time:
+        choice = _plain(site.name, shape, plain, target)
+        return replace(choice, runner_up=f"{kernel.name} at {time:.0f} us")
+    runner_up, cost = f"aten at {plain_time:.0f} us", kernel.cost(problem)
+    return KernelChoice(site.name, kernel.name, shape, time, runner_up, cost=cost)
 
 
 def _sparse(graph: Graph, site: Site, target: Target) -> KernelChoice:
     problem = sparse_problem(graph, site.node)
-    dense = torch_attention_cost(dense_problem(problem)).us(target)
+    dense = torch_attention_cost(dense_problem(problem))
     shape = f"{problem.heads} heads, {problem.queries} x {problem.keys} scores of {problem.width}"
     why = f"{site.node.args[6]}: {problem.density:.3f} of {shape}"
     if len(site.node.args) > 8:
@@ -136,11 +162,12 @@ def _sparse(graph: Graph, site: Site, target: Target) -> KernelChoice:
     plain = replace(problem, int8=False)
     reason = SPARSE_ATTENTION.supports(plain, target)
     if reason is not None:
-        return KernelChoice(site.name, "aten", f"{why}; {reason}", dense, fallback=True)
-    time, kernel = SPARSE_ATTENTION.cost(plain).us(target), SPARSE_ATTENTION
+        return _plain(site.name, f"{why}; {reason}", dense, target, fallback=True)
+    cost, kernel = SPARSE_ATTENTION.cost(plain), SPARSE_ATTENTION
     if problem.int8 and target.device == "cuda":  # a CPU multiplies the codes' values instead
-        time, kernel = SPARSE_ATTENTION_INT8.cost(problem).us(target), SPARSE_ATTENTION_INT8
-    return KernelChoice(site.name, kernel.name, why, time, f"dense at {dense:.0f} us")
+        cost, kernel = SPARSE_ATTENTION_INT8.cost(problem), SPARSE_ATTENTION_INT8
+    runner_up = f"dense at {dense.us(target):.0f} us"
+    return KernelChoice(site.name, kernel.name, why, cost.us(target), runner_up, cost=cost)
 
 
 def _rank(
@@ -166,6 +193,21 @@ def _float_cost(problem: LinearProblem) -> Cost:
     m, n, k = problem.m, problem.n, problem.k
     size = problem.dtype.itemsize
     return Cost({FLOAT_FORMAT[problem.dtype]: 2.0 * m * n * k}, size * (m * k + n * k + m * n))
+
+
+def _conv_cost(site: Site) -> Cost:
+    """torch's own convolution."""
+    out, weight = site.node.meta["val"], site.weight.meta["val"]
+    values = math.prod(map(hint, out.shape))
+    moved = (values + math.prod(map(hint, site.input.meta["val"].shape))) * out.dtype.itemsize
+    return Cost({"conv": 2.0 * values * weight[0].numel()}, float(moved))
+
+
+def _any_attention_cost(node: fx.Node) -> Cost:
+    """Scores times channels, of whatever shape."""
+    query, key = (node.args[i].meta["val"] for i in (0, 1))  # type: ignore[union-attr]
+    values = math.prod(map(hint, query.shape))
+    return Cost({"sdpa": 4.0 * values * hint(key.shape[-2])}, 0.0)
 
 
 def kernel_named(name: str) -> Kernel:

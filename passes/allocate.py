@@ -120,6 +120,10 @@ class Allocate(Pass):
                 "for a budget of rows say search=error",
             )
 
+    def forwards(self) -> float:
+        """One, for the second moments of inputs."""
+        return 1.0
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Allocate; facts: per site what its rows got, mean and effective bits, error ratio."""
         groups = [

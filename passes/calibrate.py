@@ -74,6 +74,10 @@ class Calibrate(Pass):
                 f"calibrate.percentile: expected above 50 and up to 100, got {self.percentile:g}"
             )
 
+    def forwards(self) -> float:
+        """One."""
+        return 1.0
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Calibrate; facts: per site the range chosen, the range seen, the SQNR on the values."""
         sites = graph.sites(self.select, SiteKind.LINEAR)

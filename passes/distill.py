@@ -120,6 +120,10 @@ class Distill(Pass):
         blocks: dict[str, Any] = {result.name: result.to_json() for result in results}
         return PassResult(len(results), {"loss": self.loss, "blocks": blocks})
 
+    def forwards(self) -> float:
+        """Every epoch forward and back, evaluations, and what both models' blocks read."""
+        return 3.0 * self.epochs + self.epochs / self.check + 2.0
+
     def training(self, ctx: Context) -> Training:
         """The options as the engine takes them."""
         schedule = Schedule(

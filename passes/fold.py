@@ -55,6 +55,10 @@ class Fold(Pass):
     at: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED, Stage.COMPRESSED})
     exact: ClassVar[bool] = True
 
+    def planned(self) -> PlannedFold:
+        """The same moves, without computing any weight."""
+        return PlannedFold()
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Fold; facts: how many of each kind went, how many stay online."""
         facts = {
@@ -68,6 +72,22 @@ class Fold(Pass):
             "online_scales": len(online_scales(graph)),
         }
         return PassResult(sum(facts.values()), {**facts, **online})
+
+
+@final
+@dataclass(frozen=True)
+class PlannedFold(Pass):
+    """``Fold`` that leaves constant expressions as they are."""
+
+    name: ClassVar[str] = "fold"
+    at: ClassVar[frozenset[Stage]] = Fold.at
+    exact: ClassVar[bool] = True
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        """Move what can move."""
+        count = fold_rotations(graph, ctx) + merge_scales(graph) + fold_scales(graph, ctx)
+        graph.module.graph.eliminate_dead_code()
+        return PassResult(count)
 
 
 def online_rotations(graph: Graph) -> list[fx.Node]:

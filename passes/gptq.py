@@ -68,6 +68,10 @@ class Gptq(Pass):
         if not 0 <= self.damping <= 1:
             raise ConfigError(f"gptq.damping: expected 0 ... 1, got {self.damping:g}")
 
+    def forwards(self) -> float:
+        """One, block after block."""
+        return 1.0
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Round; facts: per site the output error to that of rounding to nearest, and its SQNR."""
         groups = quantised(graph, self.select, ctx)

@@ -89,6 +89,10 @@ class Rotate(Pass):
                 f"rotate.block: expected 'full' or a number from {LEAST_BLOCK}, got '{self.block}'"
             )
 
+    def planned(self) -> Rotate:
+        """This pass, which computes nothing from weights."""
+        return self
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Rotate; facts: how many groups got which block, how many values are rotated a token."""
         blocks: dict[int | str, int] = {}

@@ -89,6 +89,14 @@ class Smooth(Pass):
         if self.search < 0:
             raise ConfigError(f"smooth.search: expected 0 or more, got {self.search}")
 
+    def planned(self) -> PlannedSmooth:
+        """The same multiplies, by one."""
+        return PlannedSmooth(self.form, self.learn, self.select)
+
+    def forwards(self) -> float:
+        """One, and one to keep rows where scales are weighed on them."""
+        return 2.0 if self.search or self.form is Form.ACTIVATION else 1.0
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Smooth; facts: per group how far its channels were apart before and after, and alpha."""
         spread: dict[str, list[float]] = {}
@@ -146,6 +154,31 @@ class Smooth(Pass):
         ]
         best = min(range(len(alphas)), key=errors.__getitem__)
         return at(alphas[best]), alphas[best]
+
+
+@final
+@dataclass(frozen=True)
+class PlannedSmooth(Pass):
+    """``Smooth`` with scales of one, before any activation was seen."""
+
+    form: Form
+    learn: bool
+    select: str
+
+    name: ClassVar[str] = "smooth"
+    at: ClassVar[frozenset[Stage]] = Smooth.at
+    exact: ClassVar[bool] = True
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        """Insert the multiplies."""
+        groups = [
+            g for g in quantised_groups(graph, self.select) if matches(g, ctx, form=self.form)
+        ]
+        for group in groups:
+            value = group[0].weight.meta["val"]
+            ones = torch.ones(int(value.shape[-1]), dtype=value.dtype)
+            (rewrite_learned if self.learn else rewrite)(graph, group, ones)
+        return PassResult(len(groups))
 
 
 def matches(group: Sequence[Site], ctx: Context, *, form: Form = Form.BALANCED) -> bool:

@@ -128,6 +128,10 @@ class Split(Pass):
         """Whether the branch is free."""
         return self.branch is not Branch.SVD if self.learn is None else self.learn
 
+    def forwards(self) -> float:
+        """One for the second moments of inputs, where the branch is fitted again."""
+        return 1.0 if self.rounds > 1 else 0.0
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Split; facts: per site the rank and bytes of its branch, and what is known of it."""
         sites = [s for g in quantised_groups(graph, self.select) for s in g if matches(s, ctx)]

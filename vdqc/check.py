@@ -102,6 +102,8 @@ class CheckResult:
         frames: what both models generated for the first seed, if anything.
         sites: error of every site and block on the calls of ``steps``.
         times: of every site's kernel on the first sample.
+        predicted: seconds of every site, under "" of what runs between them, for the first sample
+            under ``torch.compile``; empty if nobody predicted.
         masks: the last sparse mask of every attention that makes one.
     """
 
@@ -113,6 +115,7 @@ class CheckResult:
     frames: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
     sites: tuple[SiteError, ...] = ()
     times: tuple[SiteTime, ...] = ()
+    predicted: Mapping[str, float] = field(default_factory=dict)
     masks: Mapping[str, SeenMask] = field(default_factory=dict, compare=False)
 
     @property
@@ -147,6 +150,7 @@ class CheckResult:
                 data["bytes_compiled"],
                 sites=tuple(_site_from_json(site) for site in data.get("sites", ())),
                 times=tuple(SiteTime(**entry) for entry in data.get("times", ())),
+                predicted=data.get("predicted", {}),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
@@ -202,12 +206,14 @@ def check(
     timing_runs: int = 5,
     torch_compile: bool = False,
     sites: bool = True,
+    predicted: Mapping[str, float] | None = None,
     progress: Progress = lambda items, description: items,
 ) -> CheckResult:
     """Compare ``compiled`` with the model of ``source``, site by site unless ``sites`` is False.
 
     The trajectory is that of ``source.generate`` for the first seed, else the samples. Time is
-    measured on the first sample, and under ``torch.compile`` too if asked. Raises InputError.
+    measured on the first sample, and under ``torch.compile`` too if asked; ``predicted`` is kept
+    beside it (``vdqc.forecast``). Raises InputError.
     """
     steps: list[StepError] = []
     videos: list[VideoQuality] = []
@@ -265,6 +271,7 @@ def check(
         frames,
         recorder.errors() if recorder else (),
         times,
+        predicted or {},
         recorder.masks if recorder else {},
     )
 

@@ -40,9 +40,11 @@ from vdqc.ir.resume import SAID, WeightWork, finish, resumable, run_facts, share
 from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source, load_source
 from vdqc.ir.weights import return_freed_memory
+from vdqc.lowering.between import between_sites
 from vdqc.lowering.lower import lower
 from vdqc.lowering.precompile import CUBINS, check_precompiles
 from vdqc.lowering.precompile import precompile as compile_kernels
+from vdqc.lowering.rules import sized_like
 from vdqc.lowering.select import KernelChoice
 from vdqc.passes.table import PASSES
 from vdqc.sites import site_rows, with_kernels
@@ -132,7 +134,9 @@ def compile(
         records = [captured, *manager.run(graph, ctx)]
         check_capture(graph, manager, expected)
         rows = site_rows(graph, records)
-        choices, lowered = lower_checked(graph, ctx, manager)
+        with sized_like(graph, source.samples[0].inputs):
+            between = between_sites(graph)
+            choices, lowered = lower_checked(graph, ctx, manager)
         texts.after_pass(lowered, graph)
         if graph.finished is not None and not is_first_worker():
             artifact.write_share(graph, progress=progress)  # the first one does the rest
@@ -143,9 +147,11 @@ def compile(
                 "seed": seed,
                 "bytes_float": bytes_float,
                 "sites": with_kernels(rows, choices),
+                "between": between,
             }
             if precompile:
-                compile_kernels(graph, machine, folder / CUBINS, diagnostics)
+                with sized_like(graph, source.samples[0].inputs):
+                    compile_kernels(graph, machine, folder / CUBINS, diagnostics)
             artifact.write(
                 graph,
                 folder,

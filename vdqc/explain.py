@@ -1,11 +1,13 @@
 """explain(): what compile would do, found out without doing it.
 
-The model is captured and its sites are annotated, which changes nothing; then every site is asked
-which kernel its scheme would get on the target, why, and at what predicted time.
+The model is captured, its sites are annotated, and what passes insert is inserted and folded, with
+scales of one: nothing is computed from weights or samples. Then every site is asked which kernel
+its scheme would get on the target, and why; ``vdqc.forecast`` says what the whole program takes.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, final
@@ -16,9 +18,12 @@ from vdqc.base.target import Target
 from vdqc.compiler import capture_source
 from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.engine.recipe import Recipe
+from vdqc.forecast import Forecast, forecast_of, total_cost
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.site import SiteKind
 from vdqc.ir.source import Source
+from vdqc.lowering.machine import measured, rates
+from vdqc.lowering.rules import sized_like
 from vdqc.lowering.select import choose
 from vdqc.lowering.sparse import is_sparse, sparse_problem
 from vdqc.sites import SiteRow, site_rows, with_kernels
@@ -47,12 +52,14 @@ class Plan:
     passes: tuple[tuple[str, bool, str], ...]
     rules: tuple[str, ...]
     sites: tuple[SiteRow, ...]
-    masks: tuple[PlannedMask, ...] = ()
+    masks: tuple[PlannedMask, ...]
+    forecast: Forecast
+    machine: Target
 
     @property
     def predicted_us(self) -> float:
-        """Predicted time of all sites for one call like the first sample."""
-        return sum(row.predicted_us or 0.0 for row in self.sites)
+        """Predicted time of one call like the first sample."""
+        return self.forecast.sites_us + self.forecast.between_us
 
     def to_json(self) -> dict[str, Any]:
         """A JSON dictionary."""
@@ -62,6 +69,8 @@ class Plan:
             "passes": [{"text": t, "exact": e, "leads_to": s} for t, e, s in self.passes],
             "rules": list(self.rules),
             "predicted_us": self.predicted_us,
+            "forecast": asdict(self.forecast),
+            "machine": rates(self.machine),
             "sites": [row.to_json() for row in self.sites],
             "masks": [asdict(mask) for mask in self.masks],
         }
@@ -75,20 +84,41 @@ def explain(
     progress: Callable[[Any, str], Any] = lambda items, description: items,
 ) -> Plan:
     """The plan for ``source`` under a complete recipe."""
+    begin = time.perf_counter()
     graph, _ = capture_source(source, diagnostics)
+    captured = time.perf_counter() - begin
     ctx = Context(source.samples, target, diagnostics, recipe.rules, 0, progress)
     reading = [item for item in recipe.passes if item.name in ("canonicalize", "annotate")]
-    # what changes which kernel a site gets, without what needs the samples
-    reading += [item.planned() for item in recipe.passes if hasattr(item, "planned")]
-    PassManager(reading, probe=False).run(graph, ctx)
-    rows = with_kernels(site_rows(graph), choose(graph, target, planned=True))
+    annotated, machine = graph.clone(), measured(target)
+    PassManager(reading, probe=False).run(annotated, ctx)
+    first = source.samples[0].inputs
+    with sized_like(annotated, first):
+        plain_us = total_cost(choose(annotated, target), annotated).us(machine)
+    planned = [stand_in for item in recipe.passes if (stand_in := item.planned()) is not None]
+    PassManager([*reading, *planned], probe=False).run(graph, ctx)
+    learning = learning_calls(recipe, len(source.samples)) * plain_us * 1e-6
+    with sized_like(graph, first):
+        choices = [c.priced(machine) for c in choose(graph, target, planned=True)]
+        forecast = forecast_of(graph, choices, machine, captured + learning)
+        masks = tuple(planned_masks(graph, recipe))
+    rows = with_kernels(site_rows(graph), choices)
     stage, passes = Stage.CAPTURED, []
     for item in recipe.passes:
         stage = item.to if item.to is not None else stage
         passes.append((str(item), item.exact, str(stage)))
     rules = tuple(map(str, recipe.rules))
-    masks = tuple(planned_masks(graph, recipe))
-    return Plan(source.name, str(target), tuple(passes), rules, tuple(rows), masks)
+    return Plan(
+        source.name, str(target), tuple(passes), rules, tuple(rows), masks, forecast, machine
+    )
+
+
+def learning_calls(recipe: Recipe, samples: int) -> float:
+    """Forward passes of the whole model that the recipe's passes take over the samples."""
+    calls = 0.0
+    for item in recipe.passes:
+        calls += item.forwards() * samples
+        samples = min(samples, getattr(item, "count", samples) or samples)  # select keeps so many
+    return calls
 
 
 def planned_masks(graph: Graph, recipe: Recipe) -> list[PlannedMask]:

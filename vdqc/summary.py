@@ -118,6 +118,7 @@ def planned(plan: Plan) -> str:
     for row in plan.sites:
         if row.why:
             reasons.setdefault(f"{row.kernel}: {row.why}", []).append(row)
+    forecast = plan.forecast
     float_bytes = sum(row.bytes_float or 0 for row in plan.sites)
     compiled_bytes = sum(row.bytes or 0 for row in plan.sites)
     return "\n".join(
@@ -131,8 +132,12 @@ def planned(plan: Plan) -> str:
             *(f"{why}  ({count(len(rows), 'site')})" for why, rows in reasons.items()),
             "",
             *([_masks(plan), ""] if plan.masks else []),
-            f"predicted: {duration(plan.predicted_us / 1e6)} in sites for the first sample, "
-            f"weights {size(float_bytes)} -> {size(compiled_bytes)}",
+            f"predicted time    {duration(plan.predicted_us / 1e6)} for the first sample under "
+            f"torch.compile ({duration(forecast.sites_us / 1e6)} in sites)",
+            f"predicted memory  {size(forecast.memory_bytes)}, of which weights "
+            f"{size(forecast.weight_bytes)}",
+            f"sites' weights    {size(float_bytes)} -> {size(compiled_bytes)}",
+            f"compiling takes   about {duration(forecast.compile_seconds)}",
             "nothing was compiled: run vdqc compile with the same options",
         ]
     )
@@ -171,6 +176,11 @@ def checked(result: CheckResult, misses: Sequence[str], report: str | None) -> s
         lines.append(
             f"forward     {duration(timing.float_seconds)} -> {duration(timing.compiled_seconds)}, "
             f"{timing.speedup:.2f}x ({timing.how}, median of {timing.runs} in turns)"
+        )
+    if result.predicted:
+        total, between = sum(result.predicted.values()), result.predicted.get("", 0.0)
+        lines.append(
+            f"predicted   {duration(total)} under torch.compile ({duration(between)} outside sites)"
         )
     if report:
         lines.append(f"report      {report}")

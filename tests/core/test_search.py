@@ -15,6 +15,7 @@ from vdqc.base.scheme import QuantScheme
 from vdqc.base.target import TARGETS
 from vdqc.engine import named
 from vdqc.engine.recipe import parse_passes, parse_rule
+from vdqc.footprint import kernel_bytes
 from vdqc.ir.sample import Sample
 from vdqc.ir.site import SiteKind
 from vdqc.lowering.lower import lower
@@ -22,7 +23,7 @@ from vdqc.passes.quant import Quant
 from vdqc.passes.table import PASSES
 from vdqc.search import parse_schemes
 from vdqc.search.budget import Budget
-from vdqc.search.cost import FLOAT, Way, kernel_bytes
+from vdqc.search.cost import FLOAT, Way
 from vdqc.search.sensitivity import spread
 from vdqc.search.solve import GAP, UNLIMITED, Option, solve, total, undominated
 from vdqc.search.writing import globs, recipe_of

@@ -1,7 +1,8 @@
 """Facts of a machine that lowering chooses by: what it multiplies, how fast, how fast it reads.
 
-Peaks are dense (no structured sparsity). The CPU's are per core, measured on one with AVX512-VNNI
-and AVX512-BF16 but no AMX. Source: NVIDIA data sheets for the GPUs.
+Peaks are dense (no structured sparsity). The CPU's are per core, of the libraries that run there,
+measured on one with AVX512-VNNI and AVX512-BF16 but no AMX; ``vdqc.lowering.machine`` measures the
+machine at hand. Source: NVIDIA data sheets for the GPUs.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ class Target:
         name: the word the user types: ``cpu``, ``sm80`` ... ``sm120``.
         device: torch device type.
         peak: ``fp32 | bf16 | int8 | fp8 | int4`` to T(FL)OP/s; absent where there is no such unit.
+            On a CPU also ``sdpa`` and ``conv``, operations of torch's own attention and
+            convolution; ``softmax``, values; ``pointwise``, light operations on one value inside a
+            fused loop.
         bandwidth: main-memory GB/s.
         shared_memory: bytes per thread block (0 on the CPU).
+        call_us: fixed time of calling one op.
     """
 
     name: str
@@ -31,6 +36,7 @@ class Target:
     peak: Mapping[str, float]
     bandwidth: float
     shared_memory: int = 0
+    call_us: float = 5.0
 
     @staticmethod
     def parse(text: str) -> Target:
@@ -45,9 +51,18 @@ class Target:
         return self.name
 
 
+#: One Zen 5 core: MKL, oneDNN and ATen.
+CPU_PEAK: Mapping[str, float] = {
+    "fp32": 0.09,
+    "bf16": 0.38,
+    "int8": 0.82,
+    "sdpa": 0.08,
+    "conv": 0.15,
+    "softmax": 0.0017,
+    "pointwise": 0.022,
+}
 _ALL = (
-    # register-resident loops on one Zen 5 core
-    Target("cpu", "cpu", {"fp32": 0.2, "bf16": 0.4, "int8": 0.8}, 20.0),
+    Target("cpu", "cpu", CPU_PEAK, 20.0, call_us=30.0),
     Target("sm80", "cuda", {"fp32": 19.5, "bf16": 312, "int8": 624, "int4": 1248}, 2039, 163 << 10),
     Target("sm89", "cuda", {"fp32": 91, "bf16": 181, "int8": 362, "fp8": 362}, 864, 99 << 10),
     Target("sm90", "cuda", {"fp32": 67, "bf16": 989, "int8": 1979, "fp8": 1979}, 4800, 227 << 10),

@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     """Carry it out; 1 if a threshold is missed."""
     from vdqc import check, report, summary
     from vdqc.compiled import load
+    from vdqc.forecast import predicted_seconds
     from vdqc.ir import artifact
     from vdqc.ir.source import load_source
     from vdqc.report.data import report_data
@@ -66,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         sites=not options.no_sites,
         timing_runs=options.runs,
         torch_compile=options.torch_compile,
+        predicted=predicted_seconds(found.manifest),
         progress=progress,
     )
     misses = wanted.misses(result)

@@ -114,6 +114,17 @@ class Pass(abc.ABC):
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Rewrite ``graph`` in place."""
 
+    def planned(self) -> Pass | None:
+        """What stands in for this pass before anything is computed from weights or samples.
+
+        None where neither the kernels of sites nor what runs between them depend on it.
+        """
+        return None
+
+    def forwards(self) -> float:
+        """Forward passes of the whole model for each sample that it takes; a backward is two."""
+        return 0.0
+
     def __str__(self) -> str:
         """``name{option=value,...}`` with the options that differ from their defaults."""
         options = [

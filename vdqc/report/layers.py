@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vdqc.check import CheckResult
@@ -21,7 +21,10 @@ def layers(data: ReportData, check: CheckResult | None) -> Html:
     if not groups:
         return Html("")
     times = check.times if check is not None else ()
-    rows = [_row(name, rows, times) for name, rows in groups.items()]
+    predicted = {row.name: (row.predicted_us or 0.0) / 1e6 for row in data.sites}
+    if check is not None and check.predicted:
+        predicted = dict(check.predicted)
+    rows = [_row(name, rows, times, predicted) for name, rows in groups.items()]
     tops = {key: max((row[key] or 0.0 for row in rows), default=0.0) for key in _BARS}
     cells = [
         [
@@ -60,7 +63,9 @@ def by_block(rows: Sequence[SiteRow]) -> dict[str, list[SiteRow]]:
 _BARS = ("bits", "bytes", "predicted", "measured")
 
 
-def _row(name: str, rows: Sequence[SiteRow], times: Iterable[SiteTime]) -> dict[str, Any]:
+def _row(
+    name: str, rows: Sequence[SiteRow], times: Iterable[SiteTime], predicted: Mapping[str, float]
+) -> dict[str, Any]:
     names = {row.name for row in rows}
     own = [t.seconds for t in times if t.name in names]
     rest = [t.seconds for t in times if not t.name and t.block == name]
@@ -70,7 +75,7 @@ def _row(name: str, rows: Sequence[SiteRow], times: Iterable[SiteTime]) -> dict[
         "bits": weighted_bits(rows),
         "bytes": sum(row.bytes or 0 for row in rows),
         "float": sum(row.bytes_float or 0 for row in rows),
-        "predicted": sum(row.predicted_us or 0.0 for row in rows) / 1e6,
+        "predicted": sum(predicted.get(name, 0.0) for name in names),
         "measured": sum(own) if own else None,
         "rest": sum(rest) if rest else None,
     }

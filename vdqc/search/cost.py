@@ -1,18 +1,7 @@
 """What a choice costs before it is carried out: the bytes of the artifact's weights, and time.
 
-Bytes are exact. The transforms of a choice are put into a copy of the graph and folded, as
-``compile`` will; every weight that the program then reads is counted as it is, and that of a
-quantised linear as its kernel keeps it:
-
-========================= ============================================================
-kernel                    parameters of ``[N, K]`` with G groups
-========================= ============================================================
-int8_linear               codes i8[N, K], scale f32[N]
-packed_linear             codes u8[N, ⌈bits·K/8⌉], scale f32[N], multiplier i8[N, G]
-group, weight only        codes u8[N, ⌈bits·K/8⌉], scale f32[N, G]
-with zero points          + i32[N] (the two above), f32[N, G] (the last)
-asymmetric activations    + i32[N] (the two above): sums of codes
-========================= ============================================================
+Bytes are exact (``vdqc.footprint``): the transforms of a choice are put into a copy of the graph
+and folded, as ``compile`` will.
 
 Time is what ``explain`` predicts for the sites, and the transforms that stay online: reading and
 writing the input once, for a rotation also its products. Shapes: N outputs, K inputs of a linear.
@@ -22,20 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 from torch import Tensor, fx
 
-from vdqc.base.packing import packed_bytes
-from vdqc.base.scheme import GranularityKind, QuantScheme
+from vdqc.base.scheme import QuantScheme
 from vdqc.base.target import Target
 from vdqc.engine.pass_manager import Context
+from vdqc.footprint import kernel_bytes, value_bytes, weight_bytes
 from vdqc.ir.graph import Graph
 from vdqc.ir.peers import param_name
 from vdqc.ir.site import Site
 from vdqc.kernels.base import FLOAT_FORMAT, Cost
-from vdqc.kernels.int8_linear import INT8_LINEAR
-from vdqc.kernels.packed_linear import PACKED_LINEAR
 from vdqc.lowering.rules import linear_site
 from vdqc.lowering.select import KernelChoice, choose_site
 from vdqc.passes import fold, rotate, smooth
@@ -120,10 +107,10 @@ class Account:
             self._stays[alike] = self._online_of(groups, alike)
         signs, scale = (name in self._stays[alike] for name in _params(group[0]))
         us = self._online_us(group, signs, scale)
-        extra = _value_bytes(group[0].input, last=True) * (signs + scale)
+        extra = value_bytes(group[0].input, last=True) * (signs + scale)
         for site in group:
             choice, stored = self.quantised(site, way.scheme)
-            extra += stored - _value_bytes(site.weight)
+            extra += stored - value_bytes(site.weight)
             us += choice.predicted_us - self._float_us[site.name]
         return Bill(extra, us)
 
@@ -184,7 +171,7 @@ class Account:
         moved = 2.0 * values * problem.dtype.itemsize
         block = self._transforms.blocks.get(group[0].name, 0)
         us = Cost({form: 2.0 * values * block}, moved).us(self._target) if rotated else 0.0
-        return us + (Cost({}, moved, 0.0).us(self._target) if smoothed else 0.0)
+        return us + (Cost({}, moved, calls=0.0).us(self._target) if smoothed else 0.0)
 
 
 def _params(site: Site) -> tuple[str, str]:
@@ -199,64 +186,5 @@ def _online(graph: Graph) -> set[str]:
     return {str(param.target) for param in params if isinstance(param, fx.Node)}
 
 
-def kernel_bytes(kernel: str, rows: int, width: int, scheme: QuantScheme) -> int:
-    """Bytes of the parameters that ``kernel`` keeps of a weight [rows, width]; see the module."""
-    spec, sums = scheme.weight, scheme.input is not None and not scheme.input.symmetric
-    assert spec is not None
-    groups = width // spec.granularity.size if spec.granularity.size else 1
-    if kernel == INT8_LINEAR.name:
-        return rows * (width + 4 + 4 * (not spec.symmetric) + 4 * sums)
-    codes = rows * packed_bytes(spec.dtype.bits, width)
-    if kernel == PACKED_LINEAR.name:
-        grouped = spec.granularity.kind is GranularityKind.GROUP
-        return codes + rows * (4 + groups * grouped + 4 * (not spec.symmetric) + 4 * sums)
-    return codes + rows * groups * (4 + 4 * (not spec.symmetric))
-
-
-def weight_bytes(graph: Graph, quantised: set[str]) -> int:
-    """Bytes of all weights that ``graph`` will read once constants are folded, each once.
-
-    Weights of the sites ``quantised`` are left out.
-    """
-    roots = set(fold.constant_roots(graph))
-    skipped = {site.node: site.weight for site in graph.sites() if site.name in quantised}
-    waiting, seen, read = [graph.output], set(), set()
-    total = 0
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op == "get_attr" or node in roots:
-            key = _memory(graph, node)
-            total += 0 if key in read else _value_bytes(node)
-            read.add(key)
-            continue
-        waiting.extend(o for o in node.all_input_nodes if o is not skipped.get(node))
-    return total
-
-
-def stored_bytes(graph: Graph) -> int:
-    """Bytes of all weights that ``graph`` reads as it is, each once."""
-    reads = (node for node in graph.nodes if node.op == "get_attr")
-    return sum({_memory(graph, node): _value_bytes(node) for node in reads}.values())
-
-
-def _memory(graph: Graph, node: fx.Node) -> Any:
-    """What tells one weight from another: tied ones are stored once."""
-    if node.op != "get_attr" or node.target in graph.stored:
-        return node
-    value = graph.param(str(node.target))
-    if not value.numel():
-        return node
-    return value.data_ptr(), tuple(value.shape), value.stride(), value.dtype
-
-
 def _with(site: Site, scheme: str) -> Site:
     return replace(site, scheme=QuantScheme.parse(scheme))
-
-
-def _value_bytes(node: fx.Node, *, last: bool = False) -> int:
-    """Bytes of a value, or of one vector along its last axis."""
-    value = node.meta["val"]
-    return int(value.shape[-1] if last else value.numel()) * value.dtype.itemsize

@@ -20,6 +20,7 @@ from vdqc.compiler import complete, weight_bytes
 from vdqc.engine.named import NamedRecipe
 from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.engine.recipe import Recipe, parse_passes, parse_rule
+from vdqc.footprint import stored_bytes
 from vdqc.ir.graph import Graph
 from vdqc.ir.peers import quantised_groups
 from vdqc.ir.sample import Sample
@@ -28,7 +29,7 @@ from vdqc.lowering.lower import lower
 from vdqc.passes.sparsify import obstacle
 from vdqc.passes.table import PASSES
 from vdqc.search.budget import Budget, shown
-from vdqc.search.cost import FLOAT, Account, Bill, Transforms, Way, stored_bytes
+from vdqc.search.cost import FLOAT, Account, Bill, Transforms, Way
 from vdqc.search.results import Applied, Point
 from vdqc.search.sensitivity import Measured, legal, mean_error, measure, outputs, spread
 from vdqc.search.solve import UNLIMITED, Axis, Option, solve, total
