@@ -23,6 +23,7 @@ from vdqc.base.target import Target
 from vdqc.compiler import capture_source, check_weights
 from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source
+from vdqc.lowering.rules import sized_like
 from vdqc.search.budget import Budget
 from vdqc.search.job import Job, Progress, sparsify_text
 from vdqc.search.results import Applied, Point, SearchResult
@@ -68,35 +69,36 @@ def search(
     """
     captured, _ = capture_source(source, diagnostics)
     check_weights(captured, progress)
-    samples = spread(calls or source.samples, SAMPLES)
-    job = Job(source.name, captured, samples, schemes, target, diagnostics, seed, progress)
-    if density:
-        job.check_attention()
-    job.check_budget(budget)
-    job.measure()
-    chosen, applied = job.choose(budget, apply)
-    dense, share, after = applied, None, []
-    if density and applied is not None:
-        found = job.thin_out(budget, chosen, applied)
-        share, applied = found or (1.0, applied)
-        after = [sparsify_text(share)] if found else []
-    return SearchResult(
-        source.name,
-        str(target),
-        budget,
-        job.bytes_float,
-        job.account.float_us,
-        tuple(tuple(site.name for site in group) for group in job.groups),
-        tuple(job.measured.gain[group[0].name] for group in job.groups),
-        chosen,
-        job.front(budget, chosen),
-        job.recipe(chosen, job.about(budget, chosen, applied), after),
-        len(job.probes),
-        applied,
-        () if applied is None else tuple(job.missed(budget, applied)),
-        share,
-        None if dense is None else dense.attention_us,
-    )
+    with sized_like(captured, source.samples[0].inputs):
+        samples = spread(calls or source.samples, SAMPLES)
+        job = Job(source.name, captured, samples, schemes, target, diagnostics, seed, progress)
+        if density:
+            job.check_attention()
+        job.check_budget(budget)
+        job.measure()
+        chosen, applied = job.choose(budget, apply)
+        dense, share, after = applied, None, []
+        if density and applied is not None:
+            found = job.thin_out(budget, chosen, applied)
+            share, applied = found or (1.0, applied)
+            after = [sparsify_text(share)] if found else []
+        return SearchResult(
+            source.name,
+            str(target),
+            budget,
+            job.bytes_float,
+            job.account.float_us,
+            tuple(tuple(site.name for site in group) for group in job.groups),
+            tuple(job.measured.gain[group[0].name] for group in job.groups),
+            chosen,
+            job.front(budget, chosen),
+            job.recipe(chosen, job.about(budget, chosen, applied), after),
+            len(job.probes),
+            applied,
+            () if applied is None else tuple(job.missed(budget, applied)),
+            share,
+            None if dense is None else dense.attention_us,
+        )
 
 
 __all__ = ["SCHEMES", "Applied", "Point", "SearchResult", "parse_schemes", "search"]

@@ -3,8 +3,9 @@
 Bytes are exact (``vdqc.footprint``): the transforms of a choice are put into a copy of the graph
 and folded, as ``compile`` will.
 
-Time is what ``explain`` predicts for the sites, and the transforms that stay online: reading and
-writing the input once, for a rotation also its products. Shapes: N outputs, K inputs of a linear.
+Time is what ``explain`` predicts, at the rates of this machine if the target is its CPU, and the
+transforms that stay online: reading and writing the input once, for a rotation also its products.
+Shapes: N outputs, K inputs of a linear.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from vdqc.ir.graph import Graph
 from vdqc.ir.peers import param_name
 from vdqc.ir.site import Site
 from vdqc.kernels.base import FLOAT_FORMAT, Cost
+from vdqc.lowering.between import between_sites
+from vdqc.lowering.machine import measured
 from vdqc.lowering.rules import linear_site
 from vdqc.lowering.select import KernelChoice, choose_site
 from vdqc.passes import fold, rotate, smooth
@@ -74,8 +77,10 @@ class Account:
 
     def __init__(self, graph: Graph, target: Target, transforms: Transforms) -> None:
         self._graph, self._target, self._transforms = graph, target, transforms
+        self._machine = measured(target)
+        self._between_us = between_sites(graph).us(self._machine)
         self._float_us = {
-            site.name: choose_site(graph, _with(site, "none"), target, planned=True).predicted_us
+            site.name: self._us(choose_site(graph, _with(site, "none"), target, planned=True))
             for site in graph.sites()
         }
         self._known: dict[tuple[str, str], tuple[KernelChoice, int]] = {}
@@ -83,8 +88,11 @@ class Account:
 
     @property
     def float_us(self) -> float:
-        """Predicted time of all sites of the float model."""
-        return sum(self._float_us.values())
+        """Predicted time of the float model."""
+        return sum(self._float_us.values()) + self._between_us
+
+    def _us(self, choice: KernelChoice) -> float:
+        return choice.priced(self._machine).predicted_us
 
     def quantised(self, site: Site, scheme: str) -> tuple[KernelChoice, int]:
         """The kernel that ``site`` gets, and the bytes that its weight then takes."""
@@ -111,7 +119,7 @@ class Account:
         for site in group:
             choice, stored = self.quantised(site, way.scheme)
             extra += stored - value_bytes(site.weight)
-            us += choice.predicted_us - self._float_us[site.name]
+            us += self._us(choice) - self._float_us[site.name]
         return Bill(extra, us)
 
     def whole(self, ways: Sequence[tuple[Sequence[Site], Way]]) -> Bill:
@@ -121,7 +129,8 @@ class Account:
         self._transform(graph, chosen)
         kept = {site.name: self.quantised(site, w.scheme) for group, w in chosen for site in group}
         stored = weight_bytes(graph, set(kept)) + sum(size for _, size in kept.values())
-        us = sum(kept[n][0].predicted_us if n in kept else t for n, t in self._float_us.items())
+        times = (self._us(kept[n][0]) if n in kept else t for n, t in self._float_us.items())
+        us = self._between_us + sum(times)
         online = _online(graph)
         for group, _ in chosen:
             us += self._online_us(group, *(name in online for name in _params(group[0])))
@@ -170,8 +179,8 @@ class Account:
         values, form = problem.m * problem.k, FLOAT_FORMAT[problem.dtype]
         moved = 2.0 * values * problem.dtype.itemsize
         block = self._transforms.blocks.get(group[0].name, 0)
-        us = Cost({form: 2.0 * values * block}, moved).us(self._target) if rotated else 0.0
-        return us + (Cost({}, moved, calls=0.0).us(self._target) if smoothed else 0.0)
+        us = Cost({form: 2.0 * values * block}, moved).us(self._machine) if rotated else 0.0
+        return us + (Cost({}, moved, calls=0.0).us(self._machine) if smoothed else 0.0)
 
 
 def _params(site: Site) -> tuple[str, str]:

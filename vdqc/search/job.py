@@ -26,6 +26,7 @@ from vdqc.ir.peers import quantised_groups
 from vdqc.ir.sample import Sample
 from vdqc.ir.site import Site, SiteKind
 from vdqc.lowering.lower import lower
+from vdqc.lowering.machine import measured
 from vdqc.passes.sparsify import obstacle
 from vdqc.passes.table import PASSES
 from vdqc.search.budget import Budget, shown
@@ -316,7 +317,8 @@ class Job:
             error = mean_error(outputs(graph, self.probes), self.expected)
             attention = {site.name for site in graph.sites(kind=SiteKind.ATTENTION)}
             choices = lower(graph, self.target, Diagnostics(), progress=self.progress)
-            us = sum(choice.predicted_us for choice in choices if choice.site in attention)
+            machine = measured(self.target)
+            us = sum(c.priced(machine).predicted_us for c in choices if c.site in attention)
             return Applied(error, stored_bytes(graph), us)
 
     def thin_out(
