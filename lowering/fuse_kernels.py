@@ -13,6 +13,10 @@
         ->  fused_quantize(%x, 'layer', None, None, eps, %scale, %shift, 'none', None, @signs, 128,
                            None, 8, False)
 
+    %s = aten.add(%x, aten.mul(%y, %gate))            what no linear took in; later blocks read %s
+    %q = fused_quantize(%s, ...)
+        ->  %s, %q... = residual_quantize(%x, %y, %gate, ...)
+
 Only values that nothing else reads are taken in, so nothing is computed twice. Fused kernels keep
 float32 inside where separate ops round to the model's dtype after each: codes may be drawn anew
 (``REDRAWN_NOISE``), never further off. On a CPU the compiler fuses by itself; nothing is done
@@ -32,7 +36,12 @@ from torch import Tensor, fx
 
 from vdqc.ir.graph import Graph
 from vdqc.ir.sizes import size_expression
-from vdqc.kernels.fused_quantize import FUSED_QUANTIZE, FUSED_QUANTIZE_ASYM
+from vdqc.kernels.fused_quantize import (
+    FUSED_QUANTIZE,
+    FUSED_QUANTIZE_ASYM,
+    RESIDUAL_QUANTIZE,
+    RESIDUAL_QUANTIZE_ASYM,
+)
 from vdqc.kernels.int8_linear import INT8_LINEAR
 from vdqc.kernels.packed_linear import PACKED_LINEAR
 from vdqc.kernels.quantize_rows import QUANTIZE_ROWS, QUANTIZE_ROWS_ASYM
@@ -132,15 +141,75 @@ def _fuse_prologue(graph: Graph, quantiser: fx.Node) -> bool:
         steps = replace(steps, x=_operands(steps.x, 1)[0])
     symmetric = quantiser.target is QUANTIZE_ROWS.op
     bits = limit.bit_length() + 1 if symmetric else limit
-    op = FUSED_QUANTIZE.op if symmetric else FUSED_QUANTIZE_ASYM.op
     args = (steps.norm, steps.norm_weight, steps.norm_bias, steps.eps, steps.mod_scale,
             steps.mod_shift, steps.activation, steps.smooth, steps.signs, steps.block,
             None, bits, False)  # fmt: skip
-    fused = graph.call(op, steps.x, *args, before=quantiser)
-    graph.replace(quantiser, fused)
-    _give_row_sums(graph, fused, 2 if symmetric else 3)
+    total = _residual(graph, steps.x, quantiser)
+    if total is None:
+        op = FUSED_QUANTIZE.op if symmetric else FUSED_QUANTIZE_ASYM.op
+        fused = graph.call(op, steps.x, *args, before=quantiser)
+        graph.replace(quantiser, fused)
+    else:
+        op = RESIDUAL_QUANTIZE.op if symmetric else RESIDUAL_QUANTIZE_ASYM.op
+        fused = graph.call(op, *total, *args, before=quantiser)
+        for part in list(quantiser.users):  # the stream comes first
+            place = int(part.args[1]) + 1  # type: ignore[arg-type]
+            graph.replace(part, graph.call(operator.getitem, fused, place, before=quantiser))
+        stream = graph.call(operator.getitem, fused, 0, before=quantiser)
+        _read_instead(graph, steps.x, stream, quantiser)
+    first = 0 if total is None else 1
+    _give_row_sums(graph, fused, first, first + (2 if symmetric else 3))
     _drop_dead(graph)
     return True
+
+
+def _residual(
+    graph: Graph, stream: fx.Node, quantiser: fx.Node
+) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """(x, y, gate) of a stream ``x + gate * y`` that only the chain reads before the codes."""
+    total = _before_private_casts(_operands(stream, 1)[0]) if _is_cast(stream) else stream
+    if total.target is not A.add.Tensor or total.kwargs:
+        return None
+    if len(_readers(graph, stream, quantiser)[0]) != 1 or (total is not stream and _shared(total)):
+        return None
+    dtype = stream.meta["val"].dtype
+    for one, other in _both_ways(total):
+        x, y = _before_widening(one), _before_widening(other)
+        if not (_same_shape(x, stream) and _same_shape(y, stream) and x.meta["val"].dtype == dtype):
+            continue
+        product = _before_private_casts(y)
+        if product.target is A.mul.Tensor and not _shared(product):
+            for value, factor in _both_ways(product):
+                branch, gate = _before_widening(value), _before_widening(factor)
+                if _same_shape(branch, stream) and _spreads(gate, stream):
+                    return x, branch, gate
+    x, y = (_before_widening(operand) for operand in _operands(total, 2))
+    if not (_same_shape(x, stream) and _same_shape(y, stream)):
+        return None
+    return (x, y, None) if x.meta["val"].dtype == dtype else None
+
+
+def _readers(graph: Graph, node: fx.Node, by: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Who reads ``node`` before ``by`` in the program, and who does after."""
+    place = {other: index for index, other in enumerate(graph.nodes)}
+    before = [user for user in node.users if place[user] < place[by]]
+    return before, [user for user in node.users if user not in before]
+
+
+def _read_instead(graph: Graph, old: fx.Node, new: fx.Node, by: fx.Node) -> None:
+    """Who reads ``old`` after ``by`` reads ``new``, which stands there; casts of it likewise."""
+    before, after = _readers(graph, old, by)
+    for user in after:
+        user.replace_input_with(old, new)
+    for cast in filter(_is_cast, before):
+        if later := _readers(graph, cast, by)[1]:
+            again = graph.call(cast.target, new, before=by, **cast.kwargs)
+            for user in later:
+                user.replace_input_with(cast, again)
+
+
+def _shared(node: fx.Node) -> bool:
+    return len(node.users) != 1
 
 
 def _rotation(graph: Graph, steps: _Steps) -> _Steps:
@@ -239,10 +308,12 @@ def _one_plus(graph: Graph, factor: fx.Node, before: fx.Node) -> fx.Node:
     return graph.call(A.sub.Tensor, wide, 1, before=before)
 
 
-def _give_row_sums(graph: Graph, fused: fx.Node, index: int) -> None:
+def _give_row_sums(graph: Graph, fused: fx.Node, codes_at: int, index: int) -> None:
     """Linears with zero points in their weights read the row sums that the quantiser knows."""
     sums: fx.Node | None = None
-    codes = [user for user in fused.users if user.target is operator.getitem and user.args[1] == 0]
+    codes = [
+        user for user in fused.users if user.target is operator.getitem and user.args[1] == codes_at
+    ]
     for linear in [user for part in codes for user in part.users if user.target in _LINEARS]:
         weight_zero_point = linear.args[_DTYPE[linear.target] - 3]  # type: ignore[index]
         if weight_zero_point is None:
@@ -280,6 +351,13 @@ def _past_casts(node: fx.Node) -> fx.Node:
 
 def _before_casts(node: Any) -> Any:
     while isinstance(node, fx.Node) and _is_cast(node):
+        node = node.args[0]
+    return node
+
+
+def _before_widening(node: Any) -> Any:
+    """``node`` before the casts that lose nothing."""
+    while isinstance(node, fx.Node) and _is_cast(node) and _widens(node):
         node = node.args[0]
     return node
 

@@ -49,6 +49,7 @@ from vdqc.kernels.weight_only_linear import WEIGHT_ONLY_LINEAR
 from vdqc.lowering.branch import branch_of, stored_bytes
 from vdqc.lowering.fuse import RowOrder, reorder_rope
 from vdqc.lowering.fuse_kernels import fuse_kernels
+from vdqc.lowering.fuse_rope import fuse_rope
 from vdqc.lowering.pack import (
     grouped_work,
     integer_work,
@@ -114,6 +115,7 @@ def lower(
         _leftovers(graph)
         if target.device == "cuda":
             fuse_kernels(graph)
+            fuse_rope(graph)
     graph.stage = Stage.LOWERED
     graph.clean()
     verify(graph)

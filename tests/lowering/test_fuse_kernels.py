@@ -52,8 +52,9 @@ def test_a_program_for_a_gpu_computes_what_the_compressed_graph_does(
     HELP.compress(graph, scheme, progressive=True)
     compressed = output(graph, sample)
     lower(graph, TARGETS["sm90"], Diagnostics())
-    # three norms in each of two blocks; with binary planes GELU too, which the linear cannot take
-    assert len(calls(graph, "fused_quantize")) == (8 if "+" in scheme else 6)
+    # three norms in each of two blocks; linears with binary planes take neither GELU nor a residual
+    found = [len(calls(graph, f"{kind}_quantize")) for kind in ("fused", "residual")]
+    assert found == ([3, 5] if "+" in scheme else [6, 0])
     lowered = output(graph, sample)
     # bfloat16: what stands between the kernels is rounded less often, as far off as the float graph
     drawn = relative_error(compressed, original) / (50 if dtype == torch.float32 else 1)
@@ -81,6 +82,45 @@ def test_rotation_and_smoothing_join_the_quantiser() -> None:
     assert not calls(graph, "kernels.rotation")
     fused = calls(graph, "fused_quantize")
     assert {node.args[10] for node in fused} != {0}  # Hadamard blocks
+    assert relative_error(output(graph, sample), compressed) < 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w7a7-aasym"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_a_residual_that_no_linear_took_in_joins_the_quantiser(
+    scheme: str, dtype: torch.dtype
+) -> None:
+    graph, sample = HELP.wan(dtype)
+    original = output(graph, sample)
+    HELP.compress(graph, scheme, "blocks.*.to_[qkv]")  # what follows attention stays in float
+    compressed = output(graph, sample)
+    before = str(graph)
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    # the first block begins with the patches; all else after a sum, gated but for cross-attention
+    found = calls(graph, "residual_quantize")
+    assert len(found) == 3, before + str(graph)
+    assert [node.args[2] is not None for node in found] == [True, True, True]
+    streams = [user for node in found for user in node.users if user.args[1] == 0]
+    assert len(streams) == 3
+    assert all(stream.meta["val"].dtype == dtype for stream in streams)
+    lowered = output(graph, sample)
+    drawn = relative_error(compressed, original) / (50 if dtype == torch.float32 else 1)
+    assert relative_error(lowered, compressed) < max(TOLERANCE[dtype], drawn)
+
+
+def test_a_sum_that_is_read_before_the_codes_stays() -> None:
+    graph, sample = HELP.wan(torch.float32)
+    HELP.compress(graph, "w8a8", "blocks.*.to_[qkv]")
+    for norm in calls(graph, "layer_norm"):
+        stream = norm.args[0]
+        early = graph.call(torch.ops.aten.neg.default, stream, before=norm)
+        for user in [user for user in norm.users if user.op == "call_function"][:1]:
+            twice = graph.call(torch.ops.aten.mul.Tensor, early, 0.0, before=norm)
+            again = graph.call(torch.ops.aten.add.Tensor, norm, twice, before=user)
+            user.replace_input_with(norm, again)
+    compressed = output(graph, sample)
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    assert not calls(graph, "residual_quantize")
     assert relative_error(output(graph, sample), compressed) < 1e-3
 
 
