@@ -108,13 +108,26 @@ def _cost(problem: AttentionProblem) -> Cost:
         return torch_attention_cost(problem)  # the route that a call of this size takes
     form = FLOAT_FORMAT[problem.dtype]
     ops = {form: scores * 4 * problem.width, "softmax": scores}
-    return Cost(ops, 0.0, 40.0 * problem.heads)
+    return Cost(ops, 0.0, 40.0 * problem.heads, gpu=_gpu_cost(problem))
 
 
 def torch_attention_cost(problem: AttentionProblem) -> Cost:
-    """What torch's own attention costs on a CPU, where every dtype runs at one rate."""
+    """What torch's own attention costs; on a CPU every dtype runs at one rate."""
     scores = float(problem.batch * problem.heads * problem.queries * problem.keys)
-    return Cost({"sdpa": scores * 4 * problem.width}, 0.0)
+    return Cost({"sdpa": scores * 4 * problem.width}, 0.0, gpu=_gpu_cost(problem))
+
+
+def _gpu_cost(problem: AttentionProblem) -> Cost:
+    """Both products and, hardly overlapped with them, one exponential a score.
+
+    On sm90 that is 650 TFLOP/s for heads of 128 channels and 484 for 64; FlashAttention-3 is
+    reported at 648 and 497 (arXiv 2407.08608, 16k tokens). Not measured here.
+    """
+    heads = problem.batch * problem.heads
+    scores = float(heads * problem.queries * problem.keys)
+    values = 2 * heads * (problem.queries + problem.keys) * problem.width
+    ops = {FLOAT_FORMAT[problem.dtype]: scores * 4 * problem.width, "softmax": scores}
+    return Cost(ops, float(values * problem.dtype.itemsize))
 
 
 ATTENTION = define(

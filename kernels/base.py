@@ -67,12 +67,14 @@ class Cost:
         bytes: read and written in main memory.
         launch_us: fixed time beside that of calling.
         calls: of an op; each takes ``Target.call_us``.
+        gpu: what the same call does on a GPU, where another route is another amount of work.
     """
 
     ops: Mapping[str, float]
     bytes: float
     launch_us: float = 0.0
     calls: float = 1.0
+    gpu: Cost | None = None
 
     def us(self, target: Target) -> float:
         """Time in microseconds; a format without a unit on ``target`` runs as fp32.
@@ -80,6 +82,8 @@ class Cost:
         On a GPU the roofline: the longer of computing and moving. A CPU's quantisers, products and
         epilogues are loops of their own and follow each other: the sum of both.
         """
+        if self.gpu is not None and target.device == "cuda":
+            return self.gpu.us(target)
         slowest = target.peak["fp32"]
         compute = sum(n / target.peak.get(form, slowest) for form, n in self.ops.items()) * 1e-6
         moving = self.bytes / target.bandwidth * 1e-3
@@ -91,12 +95,15 @@ class Cost:
         forms = {*self.ops, *other.ops}
         ops = {f: self.ops.get(f, 0.0) + other.ops.get(f, 0.0) for f in sorted(forms)}
         launch_us, calls = self.launch_us + other.launch_us, self.calls + other.calls
-        return Cost(ops, self.bytes + other.bytes, launch_us, calls)
+        plain = self.gpu is None and other.gpu is None
+        gpu = None if plain else (self.gpu or self) + (other.gpu or other)
+        return Cost(ops, self.bytes + other.bytes, launch_us, calls, gpu)
 
     def __mul__(self, times: float) -> Cost:
         """``times`` such calls."""
         ops = {form: count * times for form, count in self.ops.items()}
-        return Cost(ops, self.bytes * times, self.launch_us * times, self.calls * times)
+        gpu = None if self.gpu is None else self.gpu * times
+        return Cost(ops, self.bytes * times, self.launch_us * times, self.calls * times, gpu)
 
 
 #: Peak format in which a float dtype is multiplied.

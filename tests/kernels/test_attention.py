@@ -5,7 +5,8 @@ from torch.nn import functional
 from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.base.target import TARGETS
 from vdqc.kernels.attention import ATTENTION, torch_attention_cost
-from vdqc.kernels.base import AttentionProblem
+from vdqc.kernels.base import AttentionProblem, Cost
+from vdqc.kernels.sparse_attention import SPARSE_ATTENTION, SparseAttentionProblem
 
 BF16 = torch.bfloat16
 
@@ -69,3 +70,24 @@ def test_chosen_for_bfloat16_only() -> None:
     assert "float32" in str(ATTENTION.supports(problem(torch.float32), cpu))
     ours, torchs = ATTENTION.cost(problem(BF16)), torch_attention_cost(problem(BF16))
     assert ours.us(cpu) < torchs.us(cpu)
+
+
+@pytest.mark.parametrize(("width", "reported"), [(128, 648), (64, 497)])
+def test_on_a_gpu_attention_is_priced_by_its_units(width: int, reported: float) -> None:
+    """FlashAttention-3 at 16k tokens; the constants of a CPU have no part in it."""
+    problem = AttentionProblem(1, 16, 16384, 16384, width, torch.bfloat16)
+    work = 4.0 * 16 * 16384**2 * width
+    costs = [ATTENTION.cost(problem), torch_attention_cost(problem), ATTENTION.cost(problem) * 1.0]
+    for cost in costs:
+        assert work / cost.us(TARGETS["sm90"]) * 1e-6 == pytest.approx(reported, rel=0.1)
+    both = costs[0] + Cost({}, 0.0, calls=0.0)
+    assert both.us(TARGETS["sm90"]) == pytest.approx(costs[0].us(TARGETS["sm90"]))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_on_a_gpu_sparse_attention_takes_its_share_of_the_scores(int8: bool) -> None:
+    sizes = (1, 24, 32768, 32768, 128, torch.bfloat16)
+    dense = torch_attention_cost(AttentionProblem(*sizes)).us(TARGETS["sm90"])
+    sparse = SparseAttentionProblem(*sizes, density=0.25, int8=int8)
+    gain = dense / SPARSE_ATTENTION.cost(sparse).us(TARGETS["sm90"])
+    assert gain == pytest.approx(4.1 if int8 else 3.4, rel=0.02)

@@ -23,9 +23,9 @@ class Target:
         name: the word the user types: ``cpu``, ``sm80`` ... ``sm120``.
         device: torch device type.
         peak: ``fp32 | bf16 | int8 | fp8 | int4`` to T(FL)OP/s; absent where there is no such unit.
-            On a CPU also ``sdpa`` and ``conv``, operations of torch's own attention and
-            convolution; ``softmax``, values; ``pointwise``, light operations on one value inside a
-            fused loop.
+            ``softmax``, values: on a GPU its exponentials, 16 a clock and multiprocessor. On a CPU
+            also ``sdpa`` and ``conv``, operations of torch's own attention and convolution;
+            ``pointwise``, light operations on one value inside a fused loop.
         bandwidth: main-memory GB/s.
         shared_memory: bytes per thread block (0 on the CPU).
         call_us: fixed time of calling one op.
@@ -63,11 +63,41 @@ CPU_PEAK: Mapping[str, float] = {
 }
 _ALL = (
     Target("cpu", "cpu", CPU_PEAK, 20.0, call_us=30.0),
-    Target("sm80", "cuda", {"fp32": 19.5, "bf16": 312, "int8": 624, "int4": 1248}, 2039, 163 << 10),
-    Target("sm89", "cuda", {"fp32": 91, "bf16": 181, "int8": 362, "fp8": 362}, 864, 99 << 10),
-    Target("sm90", "cuda", {"fp32": 67, "bf16": 989, "int8": 1979, "fp8": 1979}, 4800, 227 << 10),
-    Target("sm100", "cuda", {"fp32": 80, "bf16": 2250, "int8": 4500, "fp8": 4500}, 8000, 227 << 10),
-    Target("sm120", "cuda", {"fp32": 105, "bf16": 210, "int8": 838, "fp8": 419}, 1792, 99 << 10),
+    Target(
+        "sm80",
+        "cuda",
+        {"fp32": 19.5, "bf16": 312, "int8": 624, "int4": 1248, "softmax": 2.4},
+        2039,
+        163 << 10,
+    ),
+    Target(
+        "sm89",
+        "cuda",
+        {"fp32": 91, "bf16": 181, "int8": 362, "fp8": 362, "softmax": 5.7},
+        864,
+        99 << 10,
+    ),
+    Target(
+        "sm90",
+        "cuda",
+        {"fp32": 67, "bf16": 989, "int8": 1979, "fp8": 1979, "softmax": 3.7},
+        4800,
+        227 << 10,
+    ),
+    Target(
+        "sm100",
+        "cuda",
+        {"fp32": 80, "bf16": 2250, "int8": 4500, "fp8": 4500, "softmax": 4.4},
+        8000,
+        227 << 10,
+    ),
+    Target(
+        "sm120",
+        "cuda",
+        {"fp32": 105, "bf16": 210, "int8": 838, "fp8": 419, "softmax": 6.5},
+        1792,
+        99 << 10,
+    ),
 )
 TARGETS: Mapping[str, Target] = {target.name: target for target in _ALL}
 
