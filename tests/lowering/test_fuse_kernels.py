@@ -86,7 +86,7 @@ def test_rotation_and_smoothing_join_the_quantiser() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w7a7-aasym"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["f32"])
 def test_a_residual_that_no_linear_took_in_joins_the_quantiser(
     scheme: str, dtype: torch.dtype
 ) -> None:
@@ -106,22 +106,6 @@ def test_a_residual_that_no_linear_took_in_joins_the_quantiser(
     lowered = output(graph, sample)
     drawn = relative_error(compressed, original) / (50 if dtype == torch.float32 else 1)
     assert relative_error(lowered, compressed) < max(TOLERANCE[dtype], drawn)
-
-
-def test_a_sum_that_is_read_before_the_codes_stays() -> None:
-    graph, sample = HELP.wan(torch.float32)
-    HELP.compress(graph, "w8a8", "blocks.*.to_[qkv]")
-    for norm in calls(graph, "layer_norm"):
-        stream = norm.args[0]
-        early = graph.call(torch.ops.aten.neg.default, stream, before=norm)
-        for user in [user for user in norm.users if user.op == "call_function"][:1]:
-            twice = graph.call(torch.ops.aten.mul.Tensor, early, 0.0, before=norm)
-            again = graph.call(torch.ops.aten.add.Tensor, norm, twice, before=user)
-            user.replace_input_with(norm, again)
-    compressed = output(graph, sample)
-    lower(graph, TARGETS["sm90"], Diagnostics())
-    assert not calls(graph, "residual_quantize")
-    assert relative_error(output(graph, sample), compressed) < 1e-3
 
 
 def test_a_value_that_something_else_reads_stays() -> None:
