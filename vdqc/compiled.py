@@ -6,7 +6,6 @@ diffusers and transformers pipelines read; the original's source is neither need
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from vdqc.lowering.precompile import offer_precompiled
 from vdqc.lowering.prepare import compile_blocks, prepare
 from vdqc.lowering.residual import has_residuals, split
 from vdqc.packaged import PackagedProgram
+from vdqc.placement import check_machine, destination
 from vdqc.residual_cache import ResidualCache
 from vdqc.stand_in import TracedBinding, config_object, output_builder
 
@@ -38,19 +38,22 @@ def load(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     aot: bool = False,
+    reference: bool = False,
 ) -> CompiledModel:
     """The model in the artifact folder ``path``, on ``device``.
 
     Weights are mapped from their files, so that they are read when first used. ``dtype`` only
     asserts: a program computes in the dtype that it was captured in. ``verify=False`` skips the
     hashes of the files. ``aot`` runs the AOTInductor package of the folder: that is native code,
-    so ask for it only if you trust where the folder came from. A program for a GPU also runs on a
-    CPU, slowly, with a warning: its kernels' references are the same function. Precompiled kernels
-    of the folder serve this process where GPU and Triton are those that they were made for. Raises
-    ArtifactError for a folder that is damaged, foreign or newer.
+    so ask for it only if you trust where the folder came from. With ``reference`` a program for a
+    GPU also runs on a machine without one, slowly: its kernels' references are the same function.
+    Precompiled kernels of the folder serve this process where GPU and Triton are those that they
+    were made for. Raises ArtifactError for a folder that is damaged, foreign, newer, or for another
+    machine.
     """
     register_kernels()
     found = artifact.read(path, verify=verify)
+    check_machine(path, _target(found), reference)
     graph = found.graph()
     model = stand_in(graph, _target(found))
     model.__dict__["_folder"] = found.path.absolute()
@@ -60,12 +63,6 @@ def load(
             "compile the model again, loaded in that dtype",
         )
     model = model.to(device)
-    if model.target.device == "cuda" and not torch.cuda.is_available():
-        warnings.warn(
-            f"{path} was compiled for {model.target} and runs here through the references of its "
-            "kernels, which are slow: compile with --target cpu to run it on this machine",
-            stacklevel=2,
-        )
     offer_precompiled(found.path, torch.device(device))
     if aot:
         model.__dict__["_package"] = PackagedProgram(found.path)
@@ -312,7 +309,7 @@ class CompiledModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
         """Move the weights; what would also convert them is refused."""
-        probe = fn(torch.empty(0, dtype=self.dtype))
+        probe = destination(fn, self.dtype, self.target)
         if probe.dtype != self.dtype:
             raise InputError(
                 f"the program computes in {self.dtype}, it cannot be converted to {probe.dtype}",

@@ -39,10 +39,14 @@ def run(
     *,
     seed: int = 0,
     component: str | None = None,
+    reference: bool = False,
     progress: Callable[[Any, str], Any] = lambda items, description: items,
 ) -> RunResult:
-    """``generate(compiled, seed)`` of the source ``model``, else one forward pass on the probe."""
-    compiled = load(artifact)
+    """``generate(compiled, seed)`` of the source ``model``, else one forward pass on the probe.
+
+    ``reference`` as for ``load``.
+    """
+    compiled = load(artifact, reference=reference)
     if model is not None:
         source = load_source(model, component=component)
         if source.generate is None:

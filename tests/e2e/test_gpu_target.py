@@ -5,33 +5,67 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import vdqc
-from vdqc.base.diagnostics import ArtifactError, LoweringError
+from vdqc.base.diagnostics import ArtifactError, InputError, LoweringError
 from vdqc.base.numerics import relative_error
+from vdqc.base.target import TARGETS
 from vdqc.ir import artifact
 from vdqc.lowering.precompile import CUBINS
+from vdqc.placement import check_machine
 from vdqc.testing.architectures import ARCHITECTURES
 
 WAN = ARCHITECTURES["wan-t2v"]
 
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the warning is for machines without a GPU")
+
+@no_gpu
 def test_a_program_for_a_gpu_runs_on_its_references(tmp_path: Path) -> None:
     model, samples = WAN.build(), WAN.samples()
     for target in ("cpu", "sm90"):
         vdqc.compile(model, samples, "smooth,rotate,quant", target=target, out=tmp_path / target)
     with pytest.warns(UserWarning, match="compiled for sm90 and runs here through the references"):
-        program = vdqc.load(tmp_path / "sm90")
+        program = vdqc.load(tmp_path / "sm90", reference=True)
     call = WAN.inputs(B=3, seed=5)
     expected = vdqc.load(tmp_path / "cpu")(**call).sample
     original = model(**call).sample
     noise = relative_error(expected, original)
     assert relative_error(program(**call).sample, expected) < 0.5 * noise
     assert artifact.read(tmp_path / "sm90").manifest["target"] == "sm90"
+    needed = "compiled for sm90: expected a GPU of sm90 or later, found none"
+    for load in (vdqc.load, type(model).from_pretrained):
+        with pytest.raises(ArtifactError, match=needed):
+            load(tmp_path / "sm90")
+    with pytest.raises(InputError, match=r"expected a device that torch finds.* got cuda"):
+        program.to("cuda")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
+def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch, capability: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    check_machine("wan.vdqc", TARGETS["sm80"], False)
+    with pytest.raises(ArtifactError, match=r"sm90 or later, found sm8[09]"):
+        check_machine("wan.vdqc", TARGETS["sm90"], False)
+
+
+@no_gpu
+def test_a_program_for_the_cpu_stays_there(tiny_artifact: Path) -> None:
+    program = vdqc.load(tiny_artifact)
+    for move in (
+        program.cuda,
+        lambda: program.to("cuda:1"),
+        lambda: program.to_empty(device="cuda"),
+    ):
+        with pytest.raises(InputError, match=r"(?s)for cpu, it cannot move to cuda.*--target"):
+            move()
+    assert program.device.type == "cpu"
+    program.to("cpu").to(torch.float32).share_memory()
 
 
 def test_precompiled_kernels_are_part_of_the_artifact(

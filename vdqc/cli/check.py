@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     )
     progress = progress_of(options)
     found = artifact.read(options.artifact, progress=progress)
-    compiled = load(Path(options.artifact))
+    compiled = load(Path(options.artifact), reference=True)  # a machine that compiles can compare
     source = load_source(Path(options.model), component=options.component)
     result = check.check(
         compiled,

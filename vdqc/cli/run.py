@@ -20,6 +20,11 @@ def add(sub: Any) -> None:
         "--component", metavar="NAME", help="which model of a diffusers pipeline folder"
     )
     sub.add_argument("--seed", type=int, default=0, help="seed of the generation (default: 0)")
+    sub.add_argument(
+        "--reference",
+        action="store_true",
+        help="without its GPU: through the references of its kernels, slowly",
+    )
     where = sub.add_mutually_exclusive_group()
     where.add_argument("--frames", metavar="DIR", help="write each frame as a PNG into DIR")
     where.add_argument("--output", metavar="FILE", help="write the result as .safetensors")
@@ -34,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
         Path(options.model) if options.model else None,
         seed=options.seed,
         component=options.component,
+        reference=options.reference,
         progress=progress_of(options),
     )
     if options.frames:

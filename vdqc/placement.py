@@ -1,0 +1,95 @@
+"""Whether a compiled program fits the machine that it is loaded on, and the device it moves to.
+
+=========== =============================== ==============================================
+compiled    on a machine                    may move to
+=========== =============================== ==============================================
+``cpu``     any                             the CPU alone: its kernels were chosen for that
+``sm90``    with a GPU of sm90 or later     that GPU and back to the CPU, to be offloaded
+``sm90``    without one, ``reference=True`` the CPU: the kernels' references, slow
+=========== =============================== ==============================================
+
+A later GPU compiles the same kernels for itself; an earlier one lacks what they were chosen for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from vdqc.base.diagnostics import ArtifactError, InputError
+from vdqc.base.target import Target
+
+
+def check_machine(path: Path | str, target: Target, reference: bool) -> None:
+    """Raise ArtifactError unless this machine runs programs for ``target``; warn of references."""
+    if target.device != "cuda":
+        return
+    if torch.cuda.is_available():
+        found = "sm{}{}".format(*torch.cuda.get_device_capability())
+        if _number(found) >= _number(target.name):
+            return
+    else:
+        found = "none"
+    if reference:
+        warnings.warn(
+            f"{path} was compiled for {target} and runs here through the references of its "
+            "kernels, which are slow: compile with --target cpu to run it on this machine",
+            stacklevel=3,
+        )
+        return
+    raise ArtifactError(
+        f"{path} was compiled for {target}: expected a GPU of {target} or later, found {found}",
+        "run it on such a machine, or compile the model for this one (--target auto)",
+        "to see what it computes, slowly, through the references of its kernels: "
+        "vdqc.load(path, reference=True), vdqc run --reference",
+        code="target",
+    )
+
+
+def destination(move: Callable[[Tensor], Tensor], dtype: torch.dtype, target: Target) -> Tensor:
+    """What ``move`` makes of an empty tensor; raises InputError for a device that does not fit.
+
+    A device that torch has not is told as well.
+    """
+    try:
+        moved = move(torch.empty(0, dtype=dtype))
+    except (AssertionError, RuntimeError) as error:
+        device = _wanted(move, dtype)
+        if device == "cuda" and target.device == "cpu":
+            raise _unfit(target, device) from error
+        raise InputError(
+            f"expected a device that torch finds on this machine, got {device or 'another'}",
+            str(error).splitlines()[0],
+        ) from error
+    if moved.device.type == "cuda" and target.device == "cpu":
+        raise _unfit(target, str(moved.device))
+    return moved
+
+
+def _wanted(move: Callable[[Tensor], Tensor], dtype: torch.dtype) -> str:
+    """Type of the device that ``move`` goes to, which torch cannot reach; "" if it does not say.
+
+    A fake tensor goes anywhere, but for ``Tensor.cuda`` of a torch without CUDA.
+    """
+    try:
+        with FakeTensorMode():
+            return move(torch.empty(0, dtype=dtype)).device.type
+    except (AssertionError, RuntimeError) as error:
+        return "cuda" if "cuda" in str(error).lower() else ""
+
+
+def _unfit(target: Target, device: str) -> InputError:
+    return InputError(
+        f"the program was compiled for {target}, it cannot move to {device}",
+        "compile the model again for that GPU: --target sm90, or auto on its machine",
+        code="target",
+    )
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("sm"))
