@@ -248,14 +248,16 @@ class CompiledModel(nn.Module):
         source: str | Path | Mapping[str, Tensor],
         weight: float = 1.0,
         name: str = "default",
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Add a LoRA adapter (a safetensors file, its folder, or tensors) to the program.
 
         Keys as diffusers, peft or kohya name them. It becomes a branch beside each layer, in the
         basis that the passes gave that layer; nothing is quantised again. A program that was
         compiled with ``compile`` compiles once more, not when the weight changes. Keys that name
-        no linear layer are left out with a warning that lists them. Raises InputError, ConfigError
-        or ArtifactError, and then leaves the model as it was.
+        no linear layer are left out with a warning that lists them. ``metadata`` are entries of
+        ``adapter_config.json`` (``lora_alpha`` ...), by default those that lie beside the factors.
+        Raises InputError, ConfigError or ArtifactError, and then leaves the model as it was.
         """
         if self._package is not None:
             raise InputError(
@@ -266,7 +268,7 @@ class CompiledModel(nn.Module):
         adapters = self._adapters or Adapters(
             self.program, self.signature, self.origin, self.target
         )
-        adapters.add(source, steps, weight, name)
+        adapters.add(source, steps, weight, name, metadata)
         self.__dict__["_adapters"] = adapters
         self._rebuilt()
 

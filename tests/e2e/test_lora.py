@@ -19,6 +19,7 @@ from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.ir import artifact, transforms
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph
+from vdqc.ir.site import note
 from vdqc.ir.source import load_source
 from vdqc.lowering.lower import lower
 from vdqc.testing.architectures import ARCHITECTURES
@@ -58,25 +59,31 @@ def wan() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def build(
-    wan: nn.Module, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], CompiledModel]:
-    """Compiles tiny Wan with some passes for some target; captured once, and not probed."""
+def build(wan: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CompiledModel]:
+    """Compiles tiny Wan with some passes for some target; captured once, and not probed.
+
+    ``moved`` moves what the passes left free, as training would.
+    """
     captured = capture(wan, WAN.samples())
 
-    def run(passes: str, target: str) -> CompiledModel:
+    def run(passes: str, target: str, scheme: str = "w8a8", moved: float = 0.0) -> CompiledModel:
         graph: Graph = captured.clone()
         transforms.start(graph)
-        plan, machine = compiler.parse_recipe(passes, "w8a8"), Target.parse(target)
+        plan, machine = compiler.parse_recipe(passes, scheme), Target.parse(target)
         ctx = Context(WAN.samples(), machine, Diagnostics(), plan.rules)
         PassManager(plan.passes, probe=False).run(graph, ctx)
+        generator = torch.Generator().manual_seed(0)
+        for name in sorted(graph.free):
+            value = graph.param(name).detach()
+            noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            graph.set_param(name, value + moved * noise, free=True)
         lower(graph, machine, ctx.diagnostics)
         out = tmp_path_factory.mktemp("lora") / "wan"
         with artifact.staging(out) as folder:
             artifact.write(graph, folder, target=machine)
             transforms.write(graph.transforms, folder)
             artifact.seal(folder)
-        return load(out)
+        return load(out, reference=True)
 
     return run
 
@@ -120,6 +127,85 @@ def test_quantised_it_is_as_close_to_the_merged_model_as_without(wan, build, tar
     error = relative_error(model(**CALL).sample, expected)
     assert error < REDRAWN_NOISE * noise
     assert relative_error(wan(**CALL).sample, expected) > 5 * error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("passes", "scheme"),
+    [("rotate{learn=true},smooth", "w8a8"), ("rotate{learn=true},quant", "w8a8")],
+)
+def test_through_a_learned_kronecker_rotation(wan, build, passes, scheme):
+    model, state = build(passes, "cpu", scheme, 0.05), adapter(wan, 1)
+    steps = transforms.read(model._folder).values()
+    assert any("kronecker" in operations(step) for step in steps)
+    noise = relative_error(model(**CALL).sample, wan(**CALL).sample)
+    expected = merged(wan, (state, 1.0))(**CALL).sample
+    model.load_lora(state)
+    error = relative_error(model(**CALL).sample, expected)
+    assert error < (REDRAWN_NOISE * noise if "quant" in passes else TOLERANCE[torch.float32])
+    assert relative_error(wan(**CALL).sample, expected) > 5 * error
+
+
+def operations(step: transforms.Step | str) -> set[str]:
+    """Names of all that was done to a weight."""
+    if isinstance(step, str):
+        return set()
+    return {step.op}.union(*map(operations, step.sources))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*was compiled for sm90")
+@pytest.mark.parametrize(
+    ("passes", "scheme", "target"),
+    [
+        ("allocate{search=error},quant", "w4a8", "cpu"),
+        ("allocate{method=planes,choice=row,search=error},rotate,quant", "w3a8", "cpu"),
+        ("allocate{method=planes,choice=row},quant", "w3a8", "sm90"),
+        ("allocate{search=error},quant", "w3a16-g16", "cpu"),
+    ],
+)
+def test_on_rows_of_several_widths(wan, build, passes, scheme, target):
+    """A layer that was split by rows is several sites: each gets its rows of the update."""
+    model, state = build(passes, target, scheme), adapter(wan, 1)
+    names = {note(node).get("site", "") for node in model.program.graph.nodes}
+    parts = {name for name in names if name.startswith("blocks.0.attn1.to_k.w")}
+    assert len(parts) > 1
+    assert any("w2p1" in part for part in parts) is ("planes" in passes)
+    noise = relative_error(model(**CALL).sample, wan(**CALL).sample)
+    expected = merged(wan, (state, 1.0))(**CALL).sample
+    model.load_lora(state)
+    error = relative_error(model(**CALL).sample, expected)
+    assert error < REDRAWN_NOISE * noise
+    assert relative_error(wan(**CALL).sample, expected) > 2 * error
+
+
+SPARSE = "sparsify{policy=spatial,density=0.6,block=16},reparameterize{interval=3}"
+
+
+@torch.no_grad()
+def test_beside_a_residual_cache(wan, build):
+    """Dense steps are those of the merged model; in between it is the merged model, compiled."""
+    model, state = build(SPARSE, "cpu", "none"), adapter(wan, 1)
+    both = merged(wan, (state, 1.0))
+    plain, floats = video(model), video(both)
+    model.load_lora(state)
+    found, cache = video(model), model.residual_cache
+    assert (cache.refreshes, cache.reuses) == (2, 3)
+    errors = [relative_error(own, wanted) for own, wanted in zip(found, floats, strict=True)]
+    assert max(errors[0], errors[3]) < TOLERANCE[torch.float32]
+    assert min(errors[1:3]) > 1e-3
+    model.unload_lora()
+    assert all(map(torch.equal, video(model), plain))
+    model.compile(backend="eager")
+    model.load_lora(state)
+    for own, wanted in zip(video(model), found, strict=True):
+        assert relative_error(own, wanted) < TOLERANCE[torch.float32]
+
+
+def video(model: nn.Module) -> list[Tensor]:
+    """Outputs at five steps that follow each other."""
+    times = (torch.full_like(CALL["timestep"], 900 - 30 * step) for step in range(5))
+    return [model(**{**CALL, "timestep": time}).sample for time in times]
 
 
 @pytest.fixture

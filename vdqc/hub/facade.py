@@ -4,7 +4,8 @@
 
 Pipelines check the class of a component, and a saved pipeline records it, so the stand-in is of the
 original's class and bears its name. Whatever that class and its mixins do to submodules (caches,
-adapters, attention processors, offloading by block) is refused by name: a program has none.
+attention processors, offloading by block) is refused by name: a program has none. Adapters are
+loaded by diffusers' own methods too, which ``vdqc.hub.adapters`` writes anew.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from vdqc.base.diagnostics import InputError
+from vdqc.hub.adapters import AdapterMethods
 from vdqc.ir.graph import Origin
 
 #: Refused methods, and what to do instead.
@@ -29,8 +31,13 @@ ADVICE = {
     "set_default_attn_processor": "change the attention before the model is compiled",
     "enable_xformers_memory_efficient_attention": "the attention kernel was chosen at compilation",
     "fuse_qkv_projections": "fuse them before the model is compiled",
-    "add_adapter": "fuse the adapter before the model is compiled",
-    "load_lora_adapter": "load_lora(file, weight) puts an adapter on a compiled model",
+    "add_adapter": "train the adapter on the float model: load_lora(file, weight) puts it on this",
+    "save_lora_adapter": "keep the file that load_lora read",
+    "fuse_lora": "load_lora(file, weight) adds an adapter without merging it; or merge it into the "
+    "float model and compile that",
+    "unfuse_lora": "unload_lora(name) takes an adapter out again",
+    "enable_lora_hotswap": "set_lora_weight(name, weight) compiles nothing again: load several "
+    "adapters and change their weights",
     "enable_cache": "step caches hook into blocks: compile with reparameterize, or use the float "
     "model",
     "enable_parallelism": "context and tensor parallelism split the float model's blocks: run one "
@@ -61,9 +68,9 @@ def facade(base: type[nn.Module], model_class: str) -> type[nn.Module]:
         "__doc__": f"A compiled {name}.",
     }
     for method in [method for method in methods if not method.startswith("__")]:
-        if hasattr(base, method):
+        if hasattr(base, method) or hasattr(AdapterMethods, method):
             del methods[method]
-    return type(name, (base, original), methods)
+    return type(name, (base, AdapterMethods, original), methods)
 
 
 def is_facade(origin: Origin) -> bool:

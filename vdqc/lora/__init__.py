@@ -61,11 +61,12 @@ class Adapters:
         steps: Mapping[str, Step | str],
         weight: float,
         name: str,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Add the adapter ``source`` to the program; ``steps`` are the artifact's transforms.
 
-        Warns of keys that fit no layer. Raises InputError, and leaves the program as it is, for
-        an adapter that does not fit.
+        ``metadata`` stands for what lies beside the factors. Warns of keys that fit no layer.
+        Raises InputError, and leaves the program as it is, for an adapter that does not fit.
         """
         if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
             raise ConfigError(f"expected letters, digits and _ for an adapter's name, got '{name}'")
@@ -74,7 +75,8 @@ class Adapters:
                 f"an adapter '{name}' is loaded already", "unload it first, or pass another name="
             )
         weight = _finite(weight)
-        made = self._branches(source, steps, name)
+        state, written = read_adapter(source)
+        made = self._branches(state, written if metadata is None else metadata, steps, name)
         self._rebuild({**self._loaded(), name: made}, {**self.weights, name: weight})
 
     def set_weight(self, name: str, weight: float) -> None:
@@ -97,10 +99,13 @@ class Adapters:
             raise ConfigError(f"no adapter is named '{name}'", known)
 
     def _branches(
-        self, source: str | Path | Mapping[str, Tensor], steps: Mapping[str, Step | str], name: str
+        self,
+        state: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        steps: Mapping[str, Step | str],
+        name: str,
     ) -> dict[str, Branch]:
         """What the adapter adds at each site, in the basis of the program."""
-        state, metadata = read_adapter(source)
         sites = {site.name: site for site in self._graph(self._plain).sites(kind=SiteKind.LINEAR)}
         layers = _layers(sites, steps)
         found, unmatched = factors(state, metadata, layers)
