@@ -9,8 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from vdqc.cli import main
+from vdqc.ir.artifact import seal
+from vdqc.testing.architectures import ARCHITECTURES
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +154,88 @@ def test_samples_that_do_not_fit(capsys, model_file, old, new, expected):
     assert expected in refused(capsys, "compile", edited(model_file, old, new))
 
 
+# -- folders of weights ------------------------------------------------------------------------
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A tiny DiT as diffusers saves it, in several shards."""
+    place = tmp_path_factory.mktemp("saved") / "dit"
+    ARCHITECTURES["dit"].build().save_pretrained(place, max_shard_size="100KB")
+    return place
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "dit"))
+
+
+def shards(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("*.safetensors"))
+    assert len(found) > 1
+    return found
+
+
+def test_a_name_of_the_hub_says_how_to_fetch_a_gated_model(capsys):
+    err = refused(capsys, "compile", "black-forest-labs/FLUX.1-dev")
+    assert "hf download black-forest-labs/FLUX.1-dev --local-dir" in err
+    assert "hf auth login" in err
+
+
+@pytest.mark.parametrize("command", ["compile", "explain"])
+def test_shards_that_are_missing_or_cut_short(capsys, folder, command):
+    shard = shards(folder)[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-64])
+    err = refused(capsys, command, folder)
+    assert f"{shard.name} is not a readable safetensors file" in err
+    assert "fetch or export it again" in err
+    shard.unlink()
+    assert f"lacks {shard.name}, which its index names" in refused(capsys, command, folder)
+
+
+@pytest.mark.parametrize("mapped", [[], ["--mapped"]])
+def test_a_shard_without_a_weight_of_the_index(capsys, folder, mapped):
+    shard = shards(folder)[1]
+    weights = load_file(shard)
+    name = next(iter(weights))
+    save_file({key: value for key, value in weights.items() if key != name}, shard)
+    err = refused(capsys, "compile", folder, *mapped)
+    assert f"{shard.name} lacks the weight '{name}'" in err
+    index = json.loads((folder / INDEX).read_text())
+    del index["weight_map"][name]
+    (folder / INDEX).write_text(json.dumps(index))
+    assert f"lacks the weight '{name}' of DiT" in refused(capsys, "compile", folder, *mapped)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": ["a"]}'])
+def test_an_index_that_is_none(capsys, folder, text):
+    (folder / INDEX).write_text(text)
+    assert f"{INDEX} is not an index of weight files" in refused(capsys, "compile", folder)
+
+
+@pytest.mark.parametrize("mapped", [[], ["--mapped"]])
+def test_weights_of_another_size_than_the_configuration(capsys, folder, mapped):
+    edited(folder / "config.json", '"num_attention_heads": 4', '"num_attention_heads": 8')
+    assert "of different models" in refused(capsys, "compile", folder, *mapped)
+
+
+def test_a_component_of_custom_code(capsys, folder, tmp_path):
+    """Without prompts nothing but the component is read; its class decides."""
+    (tmp_path / "pipe").mkdir()
+    shutil.move(folder, tmp_path / "pipe" / "transformer")
+    entries = {"_class_name": "DiTPipeline", "transformer": ["mine", "MyTransformer"]}
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(entries))
+    config = tmp_path / "pipe" / "transformer" / "config.json"
+    (config.parent / "mine.py").write_text("raise AssertionError('it was run')\n")
+    edited(config, "DiTTransformer2DModel", "MyTransformer")
+    err = refused(capsys, "compile", "pipe")
+    assert "no inputs are known for the class MyTransformer" in err
+    assert "write a model.py" in err
+
+
 # -- values ------------------------------------------------------------------------------------
 
 
@@ -230,6 +316,37 @@ def test_an_artifact_from_a_newer_version(capsys, artifact, model_file, command)
     err = refused(capsys, command[0], artifact, *command[1:])
     assert "format version 999" in err
     assert "upgrade vdqc" in err
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "program.json", "lora/transforms.safetensors"])
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_an_artifact_edited_by_hand(capsys, artifact, model_file, command, file):
+    data = (artifact / file).read_bytes()
+    assert b"blocks.0.up" in data
+    (artifact / file).write_bytes(data.replace(b"blocks.0.up", b"blocks.1.up", 1))
+    err = refused(capsys, command[0], artifact, *command[1:])
+    assert ("is not the one that was written" if file == "manifest.json" else file) in err
+    assert "copy it again" in err
+
+
+@pytest.fixture
+def for_a_gpu(artifact) -> Path:
+    """The artifact as if it had been compiled for sm90; its program runs anywhere."""
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["target"] = "sm90"
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    seal(artifact)
+    return artifact
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may have the right GPU")
+def test_an_artifact_for_another_target(capsys, for_a_gpu):
+    err = refused(capsys, "run", for_a_gpu)
+    assert "was compiled for sm90: expected a GPU of sm90 or later, found none" in err
+    assert "--target auto" in err
+    assert "--reference" in err
+    with pytest.warns(UserWarning, match="through the references"):
+        assert main(["run", str(for_a_gpu), "--reference"]) == 0
 
 
 def test_a_folder_that_is_no_artifact(capsys):

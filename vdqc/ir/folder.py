@@ -57,10 +57,7 @@ def load_folder(
     if mapped:
         model, stored = _mapped_model(folder, library, class_name, weights, dtype)
     else:
-        keyword = "torch_dtype" if library == "diffusers" else "dtype"
-        model = _class(library, class_name).from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, **{keyword: dtype}
-        )
+        model = _loaded_model(folder, library, class_name, dtype)
     return model.eval(), samples_for(class_name, _configuration(model), dtype), stored
 
 
@@ -252,6 +249,29 @@ def common_dtype(weights: Mapping[str, StoredTensor]) -> torch.dtype:
         if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+
+def _loaded_model(folder: Path, library: str, class_name: str, dtype: torch.dtype) -> nn.Module:
+    """The model as its library loads it; what that would leave at random values is refused."""
+    cls = _class(library, class_name)
+    options: dict[str, Any] = {"torch_dtype" if library == "diffusers" else "dtype": dtype}
+    options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    try:
+        model, info = cls.from_pretrained(str(folder), **options)
+    except Exception as error:
+        raise InputError(
+            f"{library} cannot load {class_name} from {folder}: {type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}",
+            "the configuration and the weights are of different models, or a file is damaged",
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{folder} lacks the weight '{missing[0]}' of {class_name}{more}",
+            "the configuration and the weights are of different models, or a file is missing",
+        )
+    loaded: nn.Module = model
+    return loaded
 
 
 def _mapped_model(

@@ -141,13 +141,37 @@ def _is_pointer(file: Path) -> bool:
 
 
 def stored_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Name to tensor for a diffusers or transformers weight folder, sharded or not."""
+    """Name to tensor for a diffusers or transformers weight folder, sharded or not.
+
+    Raises InputError for a file or a weight that the index names and the folder lacks.
+    """
     indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        shards = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        files = [folder / shard for shard in shards]
-    else:
+    if not indices:
         files = sorted(folder.glob("*.safetensors"))
+        return {stored.key: stored for file in files for stored in stored_tensors(file)}
+    named = _weight_map(indices[0])
+    files = [folder / shard for shard in sorted(set(named.values()))]
     if missing := [file for file in files if not file.is_file()]:
-        raise InputError(f"{folder} lacks {missing[0].name}, which its index names")
-    return {stored.key: stored for file in files for stored in stored_tensors(file)}
+        raise InputError(
+            f"{folder} lacks {missing[0].name}, which its index names", "fetch that file too"
+        )
+    found = {stored.key: stored for file in files for stored in stored_tensors(file)}
+    if absent := [key for key in named if key not in found]:
+        raise InputError(
+            f"{folder / named[absent[0]]} lacks the weight '{absent[0]}', which its index puts "
+            "there",
+            "the file is of another model or another save of it: fetch it again",
+        )
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Name of a weight to the name of its file."""
+    try:
+        named = json.loads(index.read_text())["weight_map"]
+        return {str(key): str(file) for key, file in named.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{index} is not an index of weight files: {type(error).__name__}: {error}",
+            "fetch or export it again",
+        ) from error
