@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from vdqc.base import numerics
 from vdqc.base.block_mask import blocks, kept_blocks
 from vdqc.base.sparsity import MaskPolicy
-from vdqc.ir.graph import block_name, block_of
+from vdqc.ir.graph import block_name, block_of, weighted_name
 from vdqc.ir.site import note
 from vdqc.observe import observed, produced_sites, programs_of
 
@@ -303,7 +303,7 @@ class _Taps(TorchFunctionMode):
     def __init__(self, model: nn.Module, keep: Callable[[str, Tensor], None]) -> None:
         super().__init__()
         self.paths: list[str] = []
-        self._names = {id(value): name for name, value in model.named_parameters()}
+        self._names = {id(v): weighted_name(name) for name, v in model.named_parameters()}
         self._counts: dict[str, int] = {}
         self._keep = keep
 
@@ -322,7 +322,7 @@ class _Taps(TorchFunctionMode):
         name = ""
         if func in _WEIGHTED:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            name = self._names.get(id(weight), "").removesuffix(".weight")
+            name = self._names.get(id(weight), "")
         elif func is F.scaled_dot_product_attention:
             name = f"{self.paths[-1]}:attention"
         if name and isinstance(result, Tensor):

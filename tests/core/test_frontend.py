@@ -187,6 +187,28 @@ def test_an_output_of_collections_is_refused() -> None:
         capture(Scaled("nested"), [sample(2), sample(3)])
 
 
+class Square(nn.Module):
+    """Takes tokens for a square image, as DiT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.proj(x.flatten(1, 2))
+        side = int(y.shape[1] ** 0.5)
+        return y.reshape(-1, side, side, y.shape[-1])
+
+
+def test_a_size_that_the_forward_takes_a_root_of() -> None:
+    model = Square().eval()
+    graph = capture(model, [Sample({"x": torch.randn(2, 4, 4, 8)}) for _ in range(2)])
+    x = torch.randn(3, 4, 4, 8)
+    assert_close(graph.run(x=x)[0], model(x))
+    with pytest.raises(InputError, match="the graph holds for"):
+        graph.run(x=torch.randn(3, 5, 5, 8))
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -117,6 +117,34 @@ def test_samples_belong_to_modules_and_not_to_files(model_file):
         vdqc.compile(model_file, passes="qant")
 
 
+class Raw(torch.nn.Module):
+    """Weights that are no module's ``weight``."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_proj_weight = torch.nn.Parameter(torch.randn(32, 32) / 6)
+        self.mix = torch.nn.Parameter(torch.randn(16, 32) / 6)
+
+    def forward(self, input):
+        hidden = torch.nn.functional.linear(input, self.in_proj_weight).relu()
+        return torch.nn.functional.linear(hidden, self.mix)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [(lambda: torch.nn.Linear(32, 16), ["model"]), (Raw, ["in_proj", "mix_linear"])],
+    ids=["linear", "raw"],
+)
+def test_weights_that_have_no_module_of_their_own(make, names, tmp_path):
+    model = make().eval()
+    samples = [vdqc.Sample({"input": torch.randn(size, 32)}) for size in (3, 5)]
+    made = vdqc.compile(model, samples, scheme="w8a8", target="cpu", out=tmp_path / "out")
+    assert [site["name"] for site in made.manifest["facts"]["sites"]] == names
+    x = torch.randn(4, 32)
+    with torch.no_grad():
+        assert sqnr_db(vdqc.load(made.path)(x), model(x)) > 30
+
+
 def test_weights_that_are_not_finite_are_named():
     model = torch.nn.Linear(2, 2)
     model.weight.data[0, 1] = float("-inf")

@@ -423,6 +423,18 @@ def source_line(node: fx.Node) -> str:
     return f"{file.rpartition('/')[2]}:{line}  {text.strip()}"
 
 
+def weighted_name(weight: str) -> str:
+    """Name of the site that reads ``weight``: its module; ``model`` for the model itself.
+
+    What passes add to a site lies under its name, so that cannot be the weight's own: one that is
+    no module's ``weight`` loses the word (``attn.in_proj_weight``) or gets one more.
+    """
+    path, _, leaf = weight.rpartition(".")
+    if leaf == "weight":
+        return path or "model"
+    return weight.removesuffix("_weight") if leaf.endswith("_weight") else f"{weight}_linear"
+
+
 def weight_source(node: fx.Node) -> fx.Node | None:
     """The ``get_attr`` that a weight expression starts from, following first operands."""
     while node.op == "call_function":
@@ -452,7 +464,7 @@ def _name_sites(graph: fx.Graph) -> None:
             weight = weight_source(node.args[1])
             if weight is None:
                 continue
-            name = str(weight.target).removesuffix(".weight")
+            name = weighted_name(str(weight.target))
         counts[name] = counts.get(name, 0) + 1
         suffix = f"#{counts[name]}" if counts[name] > 1 else ""
         set_note(node, site=name + suffix, kind=str(kind))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -310,6 +311,12 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Max": max,
     "Min": min,
     "round": round,
+    "math.trunc": math.trunc,
+    "math.floor": math.floor,
+    "math.ceil": math.ceil,
+    "math.sqrt": math.sqrt,
+    "torch.sym_float": float,
+    "torch.sym_int": int,
 }
 
 
@@ -332,8 +339,8 @@ def evaluate(text: str, symbols: Mapping[str, int]) -> int | bool:
                 return not walk(operand)
             case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _OPERATORS:
                 return _OPERATORS[type(op)](walk(left), walk(right))
-            case ast.Call(func=ast.Name(id=name), args=args) if name in _FUNCTIONS:
-                return _FUNCTIONS[name](*(walk(arg) for arg in args))
+            case ast.Call(func=func, args=args) if ast.unparse(func) in _FUNCTIONS:
+                return _FUNCTIONS[ast.unparse(func)](*(walk(arg) for arg in args))
             case ast.BoolOp(op=op, values=values):
                 return (all if isinstance(op, ast.And) else any)(walk(item) for item in values)
         raise InputError(f"cannot evaluate size expression '{text}' over {dict(symbols)}")
