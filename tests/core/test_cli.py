@@ -1,6 +1,8 @@
 """The commands through their real entry point: what they print, where, and how they exit."""
 
 import json
+import warnings
+from argparse import Namespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 
 import vdqc
 from vdqc.cli import main
+from vdqc.cli.common import diagnostics_of
 from vdqc.passes.table import PASSES
 
 
@@ -24,6 +27,24 @@ def test_help_and_version_exit_zero(capsys):
     assert code == 0
     for command in ("compile", "run", "check", "explain", "inspect", "passes"):
         assert command in out
+
+
+def test_of_several_workers_the_first_one_warns_and_each_says_its_errors(capsys, monkeypatch):
+    options = Namespace(verbose=True)
+    said = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with warnings.catch_warnings():
+            code, _, err = run(capsys, "compile", "nowhere.py")
+            shown = not any(
+                entry[0] == "ignore" and entry[2] is Warning for entry in warnings.filters
+            )
+        diagnostics_of(options).warning("up", "some-code", "something is odd")
+        said.append((code, err.partition(":")[0], shown, capsys.readouterr().err))
+    first, second = said
+    assert first[:3] == (2, "error", True)
+    assert "something is odd" in first[3]
+    assert second == (2, "worker 1", False, "")
 
 
 @pytest.mark.parametrize(

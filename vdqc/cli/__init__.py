@@ -2,6 +2,7 @@
 
 Exit codes: 0 fine, 1 a check failed, 2 bad usage or input. Results go to stdout, everything else
 (progress, warnings, errors) to stderr; with ``--json`` stdout holds one JSON value, nothing else.
+Of the workers of ``torchrun`` the first one alone warns; each says its own errors.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from vdqc.base.diagnostics import ConfigError, VdqcError, nearest
-from vdqc.cli.common import BAD_INPUT, OK
+from vdqc.cli.common import BAD_INPUT, OK, worker
 from vdqc.version import __version__
 
 #: In the order of ``vdqc --help``.
@@ -45,13 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a usage error
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    if worker() > 0:
+        warnings.simplefilter("ignore")  # the first worker gives the same ones
     try:
         code: int = options.command(options)
         return code
     except VdqcError as error:
         if options.debug:
             raise
-        print(_with_notes(error), file=sys.stderr)
+        print(_whose() + _with_notes(error), file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:  # `vdqc inspect out/ --ir | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,12 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}  [file]", file=sys.stderr)
+        print(f"{_whose()}error: {where}{error.strerror or error}  [file]", file=sys.stderr)
         print("  note: check the path, its permissions and the space on its disk", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as stop:
         print("interrupted; no output was written", *_notes(stop), sep="\n", file=sys.stderr)
         return 130
+
+
+def _whose() -> str:
+    """Names the worker whose error follows; nothing for the first or the only one."""
+    return f"worker {worker()}: " if worker() else ""
 
 
 def _with_notes(error: VdqcError) -> str:

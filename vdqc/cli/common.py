@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -48,15 +49,21 @@ def show(options: argparse.Namespace, data: Any, text: str) -> None:
 
 
 def diagnostics_of(options: argparse.Namespace) -> Diagnostics:
-    """Diagnostics that print as they come."""
-    return Diagnostics(stream=sys.stderr, verbose=options.verbose)
+    """Diagnostics that print as they come; of the workers of ``torchrun`` the first one's alone."""
+    return Diagnostics(stream=sys.stderr if worker() == 0 else None, verbose=options.verbose)
+
+
+def worker() -> int:
+    """The number of this process among those of ``torchrun``; 0 without it."""
+    number = os.environ.get("RANK", "0")
+    return int(number) if number.isdecimal() else 0
 
 
 def progress_of(options: argparse.Namespace) -> Callable[[Any, str], Any]:
     """Bars with time left on stderr, for work that takes more than a second."""
     from tqdm import tqdm
 
-    hidden = options.quiet or not sys.stderr.isatty()
+    hidden = options.quiet or not sys.stderr.isatty() or worker() > 0
 
     def bar(items: Any, description: str) -> Any:
         return tqdm(items, desc=description, disable=hidden, leave=False, delay=1)
