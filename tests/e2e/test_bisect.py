@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vdqc import Sample
 from vdqc.base.diagnostics import InputError
@@ -19,11 +21,13 @@ from vdqc.cli import main
 from vdqc.compiler import complete, parse_recipe
 from vdqc.engine.pass_manager import Pass, PassResult
 from vdqc.engine.recipe import Recipe
+from vdqc.ir.artifact import seal
 from vdqc.ir.graph import Stage
 from vdqc.ir.peers import feed, quantised_groups, wrap_weight
 from vdqc.ir.site import SiteKind
 from vdqc.ir.size_nodes import timestep_input
 from vdqc.ir.source import Source, load_source
+from vdqc.testing.architectures import ARCHITECTURES
 
 aten = torch.ops.aten
 CPU = TARGETS["cpu"]
@@ -188,9 +192,11 @@ def test_an_artifact_that_its_recipe_does_not_explain_is_blamed():
     name = "out.bias"
     broken.set_param(name, broken.param(name) + 10)
     result = search(recipe, 25.0, artifact=broken)
-    (found,) = result.findings
+    found, site, timestep = result.findings
     assert found.culprit == ARTIFACT
     assert "its recipe passes now" in result.conclusion
+    assert (site.culprit, site.count) == ("out", 1)
+    assert timestep.runs == 0
 
 
 def test_a_check_that_the_float_model_fails_is_refused():
@@ -240,6 +246,39 @@ def test_the_command_searches_an_artifact(capsys, tiny_artifact):
     code, _, err = run(capsys, tiny_artifact, "--min-sqnr", "20")
     assert code == 2
     assert "which has no float model" in err
+
+
+def test_the_site_of_a_scale_that_was_edited_in_the_artifact_is_found(
+    capsys, tiny_artifact, tmp_path
+):
+    out = shutil.copytree(tiny_artifact, tmp_path / "out")
+    weights = load_file(out / "weights.safetensors")
+    weights[f"{BAD_SITE}.kernel.scale"] *= 60
+    save_file(weights, out / "weights.safetensors", {"format": "pt"})
+    seal(out)
+    model = tiny_artifact.parent / "model.py"
+    code, text, err = run(capsys, out, "--model", model, "--min-sqnr", "20", "--json")
+    assert (code, err) == (0, "")
+    passes, site, timestep = json.loads(text)["findings"]
+    assert passes["culprit"] == ARTIFACT
+    assert (site["culprit"], site["count"]) == (BAD_SITE, 1)
+    assert passes["runs"] + site["runs"] + timestep["runs"] <= 5
+
+
+DIT_SITE = "transformer_blocks.0.ff.net.2"
+
+
+def test_a_model_that_stays_on_disk(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("vdqc.ir.weights.SPILLED_BYTES", 1 << 10)
+    ARCHITECTURES["dit"].build().save_pretrained(tmp_path / "dit", max_shard_size="100KB")
+    words = ("--passes", "rotate,quant", "--scheme", "w8a8", "--scheme", f"{DIT_SITE}=w2a8")
+    code, out, err = run(capsys, tmp_path / "dit", "--mapped", *words, "--min-sqnr", "34", "--json")
+    assert code == 0, err
+    passes, site, _ = json.loads(out)["findings"]
+    assert passes["culprit"] == "quant"
+    assert site["culprit"] == DIT_SITE
+    for found in json.loads(out)["findings"]:
+        assert found["runs"] <= found["most"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from typing import Any, final
 from vdqc.base.diagnostics import Diagnostics, InputError
 from vdqc.base.target import Target
 from vdqc.bisect import words
+from vdqc.bisect.checks import ScoreCheck
 from vdqc.bisect.results import BisectResult, Finding, Step
 from vdqc.bisect.search import Check, Outcome, Trials, first_failure, most_runs
 from vdqc.bisect.sites import search_sites
@@ -57,7 +58,8 @@ def bisect(
     """Find what in ``recipe``, a complete one, makes ``check`` fail for the model of ``source``.
 
     ``calls`` are what passes learn from and what is scored, by default the samples. ``artifact`` is
-    a program made from the same recipe: it is tried first, and blamed if the recipe is fine now.
+    a program made from the same recipe: it is tried first, and blamed if the recipe is fine now;
+    sites and timesteps are then searched between the two programs.
     """
     diagnostics = diagnostics or Diagnostics()
     trials = Trials(check, progress)
@@ -72,13 +74,14 @@ def bisect(
         samples = calls or source.samples
         steps = _Steps(graph, recipe, ctx)
         findings = _search_passes(trials, steps, artifact)
-        if findings and findings[0].culprit != ARTIFACT:
-            index, good, bad = findings[0].index, findings[0].good, findings[0].bad
+        pair = steps.around(findings[0], artifact) if findings else None
+        # a command gets programs as artifacts: one mixed from two captures cannot be written
+        if pair is not None and (pair[1].graph is not artifact or isinstance(check, ScoreCheck)):
+            good, bad = findings[0].good, findings[0].bad
             assert good is not None
             assert bad is not None
-            ends = (*steps.around(index), good, bad)
-            findings.append(search_sites(trials, *ends, samples[0]))
-            findings.append(search_timesteps(trials, *ends, samples))
+            findings.append(search_sites(trials, *pair, good, bad, samples[0]))
+            findings.append(search_timesteps(trials, *pair, good, bad, samples))
     text = words.conclusion(findings, trials.made)
     return BisectResult(check.text, bool(findings), text, tuple(findings), tuple(trials.made))
 
@@ -110,9 +113,12 @@ class _Steps:
         """Keep the graph; weights are shared, trained ones copied."""
         self.made.append(Step(record.text, record.exact, frozen(graph)))
 
-    def around(self, index: int) -> tuple[Step, Step]:
-        """Before and after pass ``index``, from 1."""
-        return self.made[index - 1], self.made[index]
+    def around(self, found: Finding, artifact: Graph | None) -> tuple[Step, Step]:
+        """The graphs that passed and failed: around a pass, or of the recipe and the artifact."""
+        if found.culprit == ARTIFACT:
+            assert artifact is not None
+            return self.made[-1], Step(ARTIFACT, False, artifact)
+        return self.made[found.index - 1], self.made[found.index]
 
 
 def _search_passes(trials: Trials, steps: _Steps, artifact: Graph | None) -> list[Finding]:

@@ -278,7 +278,14 @@ def _operands(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
     def spelled(operand: fx.Node) -> Any:
         return _Name(f"site {names[operand]}" if operand in names else operand.name)
 
-    return repr(fx.map_arg((node.args, node.kwargs), spelled))
+    return repr(_as_tuples(fx.map_arg((node.args, node.kwargs), spelled)))
+
+
+def _as_tuples(value: Any) -> Any:
+    """``value`` with its sequences alike: a program that was read from a file has lists alone."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_as_tuples(item) for item in value)
+    return value
 
 
 class _Name(str):

@@ -26,6 +26,12 @@ def add(sub: Any) -> None:
         help="the model.py or folder that the artifact was compiled from",
     )
     sub.add_argument("--pool", metavar="DIR", help="calls that vdqc record kept: learnt and scored")
+    sub.add_argument(
+        "--mapped",
+        action="store_true",
+        default=None,
+        help="stream a folder's weights from disk (default: if they exceed half of free memory)",
+    )
     which = sub.add_mutually_exclusive_group()
     which.add_argument(
         "--min-sqnr", type=float, metavar="DB", help="fail below this step-locked SQNR"
@@ -68,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         target_name = options.target
     target = compiler.usable_target(target_name, diagnostics)
     calls = () if options.pool is None else open_pool(Path(options.pool))
-    source = compiler.as_source(model, None, options.component)
+    source = compiler.as_source(model, None, options.component, options.mapped)
     with tempfile.TemporaryDirectory(prefix="vdqc-bisect-") as folder:
         check: Check
         if options.check is None:
