@@ -70,7 +70,14 @@ def load(
 
 
 def _target(found: artifact.Artifact) -> Target:
-    return TARGETS.get(found.manifest["target"], TARGETS["cpu"])
+    name = found.manifest["target"] or "cpu"
+    if name not in TARGETS:
+        raise ArtifactError(
+            f"{found.path} was compiled for {name}: expected one of {', '.join(TARGETS)}",
+            "upgrade vdqc, or compile the model again with this version",
+            code="target",
+        )
+    return TARGETS[name]
 
 
 def stand_in(graph: Graph, target: Target) -> CompiledModel:

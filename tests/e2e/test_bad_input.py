@@ -329,24 +329,24 @@ def test_an_artifact_edited_by_hand(capsys, artifact, model_file, command, file)
     assert "copy it again" in err
 
 
-@pytest.fixture
-def for_a_gpu(artifact) -> Path:
-    """The artifact as if it had been compiled for sm90; its program runs anywhere."""
+def retarget(artifact: Path, target: str) -> None:
+    """Make it one that was compiled for ``target``; its program runs anywhere."""
     manifest = json.loads((artifact / "manifest.json").read_text())
-    manifest["target"] = "sm90"
-    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    (artifact / "manifest.json").write_text(json.dumps({**manifest, "target": target}))
     seal(artifact)
-    return artifact
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may have the right GPU")
-def test_an_artifact_for_another_target(capsys, for_a_gpu):
-    err = refused(capsys, "run", for_a_gpu)
+def test_an_artifact_for_another_target(capsys, artifact):
+    retarget(artifact, "sm130")
+    assert "was compiled for sm130: expected one of cpu, sm80" in refused(capsys, "run", artifact)
+    retarget(artifact, "sm90")
+    err = refused(capsys, "run", artifact)
     assert "was compiled for sm90: expected a GPU of sm90 or later, found none" in err
     assert "--target auto" in err
     assert "--reference" in err
     with pytest.warns(UserWarning, match="through the references"):
-        assert main(["run", str(for_a_gpu), "--reference"]) == 0
+        assert main(["run", str(artifact), "--reference"]) == 0
 
 
 def test_a_folder_that_is_no_artifact(capsys):
