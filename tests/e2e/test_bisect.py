@@ -210,6 +210,55 @@ def test_a_check_that_the_float_model_fails_is_refused():
         bisect(source(), parse_recipe("quant", "w8a8"), CPU, Never())
 
 
+class Video(torch.nn.Module):
+    """Two layers of self-attention over the tokens of [B, 1, F, H, W], at a timestep."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = torch.nn.Conv3d(1, 16, (1, 2, 2), (1, 2, 2))
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(16, 48) for _ in range(2))
+
+    def forward(self, x, timestep):
+        h = self.patch(x).flatten(2).transpose(1, 2) * (1 + timestep[:, None, None] / 1000)
+        for block in self.blocks:
+            q, k, v = block(h).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            attended = torch.nn.functional.scaled_dot_product_attention(4 * q, k, v)
+            h = h + attended.transpose(1, 2).flatten(2)
+        return h
+
+
+def steps(count, frames=6, batch=5):
+    x = torch.randn(batch, 1, frames, 8, 12, generator=torch.Generator().manual_seed(1))
+    times = [900.0 - 10 * i for i in range(count)]
+    return [Sample({"x": x, "timestep": torch.full((batch,), t)}, timestep=t) for t in times]
+
+
+@pytest.mark.parametrize("fault", ["a scheme", "a residual"])
+def test_a_program_with_a_residual_cache(fault):
+    """The score runs it through its two programs, step by step."""
+    calls = steps(6)
+    model = Source(Video().eval(), [calls[0], *steps(1, 7, 3)])
+    scheme = ["w8a8", "blocks.1=w2a8"] if fault == "a scheme" else "none"
+    passes = "quant,sparsify{density=0.4,block=16},reparameterize{interval=3}"
+    recipe = parse_recipe(passes, scheme)
+    seen = ScoreCheck(model, calls, -1000.0, CPU)
+    scores = [
+        trial.outcome.sqnr_db for trial in bisect(model, recipe, CPU, seen, calls=calls).trials
+    ]
+    above = 5 if fault == "a scheme" else 1  # dB that the whole program is short of
+    check = ScoreCheck(model, calls, scores[-1] + above, CPU)
+    result = bisect(model, recipe, CPU, check, calls=calls)
+    found, site, _ = result.findings
+    for each in result.findings:
+        assert each.runs <= each.most
+    if fault == "a scheme":
+        assert (found.culprit, site.culprit) == ("quant", "blocks.1")
+        return
+    assert found.culprit == "lower"
+    assert "what is lost between refreshes shows here" in found.text
+    assert site.culprit.endswith(":attention")
+
+
 # -- the command ----------------------------------------------------------------------------
 
 

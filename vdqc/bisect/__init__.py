@@ -39,6 +39,7 @@ from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source
 from vdqc.ir.weights import return_freed_memory
 from vdqc.lowering.lower import lower
+from vdqc.lowering.residual import has_residuals
 
 Progress = Callable[[Any, str], Any]
 
@@ -154,6 +155,9 @@ def _search_passes(trials: Trials, steps: _Steps, artifact: Graph | None) -> lis
         index = first_failure(count, passes)
     ends = outcomes[index - 1], outcomes[index], None, None
     text = words.first_pass(steps.made[index].text, index, count, *ends[:2])
+    before, after = (step.graph.module for step in steps.made[index - 1 : index + 1])
+    if has_residuals(after) and not has_residuals(before):
+        text += words.residuals_begin()
     runs = trials.runs("pass")
     return [Finding("pass", steps.made[index].text, index, count, text, *ends, runs, most)]
 

@@ -60,6 +60,14 @@ def first_pass(name: str, index: int, total: int, good: Outcome, bad: Outcome) -
     return f"'{name}' ({where}) is the first that breaks the check: {numbers}"
 
 
+def residuals_begin() -> str:
+    """What is said with a pass behind which the program keeps residuals between steps."""
+    return (
+        " ('reparameterize' computes dense attention until its two programs are made: what is lost "
+        "between refreshes shows here)"
+    )
+
+
 def artifact_differs(artifact: Outcome, fresh: Outcome) -> str:
     """The clause for an artifact whose recipe is fine now."""
     return (
