@@ -15,7 +15,10 @@ from vdqc.report.data import ReportData
 from vdqc.runner import RunResult
 from vdqc.site_errors import worst_sites
 from vdqc.sites import SiteRow
-from vdqc.text import columns, count, decibel, duration, size
+from vdqc.text import columns, count, decibel, duration, shortened, size
+
+#: Longest text of a pass in a table; a recipe that search wrote names every site.
+PASS_WIDTH = 80
 
 
 def compiled(data: ReportData, folder: Path, model: str) -> str:
@@ -35,7 +38,7 @@ def compiled(data: ReportData, folder: Path, model: str) -> str:
 def _passes(data: ReportData) -> str:
     rows = [
         [
-            record.text,
+            shortened(record.text, PASS_WIDTH),
             "exact" if record.exact else "lossy",
             count(record.rewrites, "rewrite"),
             decibel(record.sqnr_db),
@@ -113,7 +116,10 @@ def site_table(rows: Sequence[SiteRow]) -> str:
 
 def planned(plan: Plan) -> str:
     """``vdqc explain``."""
-    passes = [[text, "exact" if exact else "lossy", f"-> {to}"] for text, exact, to in plan.passes]
+    passes = [
+        [shortened(text, PASS_WIDTH), "exact" if exact else "lossy", f"-> {to}"]
+        for text, exact, to in plan.passes
+    ]
     reasons: dict[str, list[SiteRow]] = {}
     for row in plan.sites:
         if row.why:

@@ -38,6 +38,14 @@ def count(amount: int, noun: str) -> str:
     return f"{amount} {noun}{'' if amount == 1 else 's'}"
 
 
+def shortened(text: str, width: int) -> str:
+    """``text`` with its middle left out, if it is longer than ``width``."""
+    if len(text) <= width:
+        return text
+    half = (width - 3) // 2
+    return f"{text[: width - 3 - half]}...{text[-half:]}"
+
+
 def columns(rows: Sequence[Sequence[str]], headers: Sequence[str] = (), right: str = "") -> str:
     """Rows as aligned text; ``right`` names the columns (by index digit) that align right."""
     everything = [list(headers), *map(list, rows)] if headers else [list(row) for row in rows]

@@ -19,7 +19,7 @@ from vdqc.report import charts, heat, png
 from vdqc.report.mask_data import picture, policy_pictures
 from vdqc.report.page import Html, tag
 from vdqc.report.program import block_lines
-from vdqc.text import columns, count, decibel, duration, size
+from vdqc.text import columns, count, decibel, duration, shortened, size
 
 DATA = runpy.run_path(str(Path(__file__).with_name("report_data.py")))
 EVIL, parse = DATA["EVIL"], DATA["parse"]
@@ -256,3 +256,9 @@ def test_numbers_read_well():
     assert [decibel(x) for x in (41.27, math.inf, None)] == ["41.3 dB", "exact", ""]
     assert [count(1, "site"), count(2, "site")] == ["1 site", "2 sites"]
     assert columns([["a", "10"], ["bb", "9"]], ["x", "n"], right="1") == "x    n\na   10\nbb   9"
+
+
+def test_a_long_text_loses_its_middle() -> None:
+    assert shortened("quant", 8) == "quant"
+    assert shortened("smooth{select=a|b|c}", 12) == "smoot...b|c}"
+    assert all(len(shortened("x" * length, 10)) <= 10 for length in range(30))

@@ -187,3 +187,15 @@ def test_bytes_are_those_that_lowering_stores(text: str) -> None:
     (choice,) = lower(graph, TARGETS["cpu"], Diagnostics())
     assert choice.bytes == kernel_bytes(choice.kernel, 20, 48, QuantScheme.parse(text))
     assert not graph.sites(kind=SiteKind.ATTENTION)
+
+
+def test_a_solver_that_prints_leaves_stdout_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    import ctypes
+
+    from vdqc.search.solve import _silent
+
+    print("before", flush=True)
+    with _silent():
+        ctypes.CDLL(None).puts(b"HiGHS says something")
+    print("after", flush=True)
+    assert capfd.readouterr().out == "before\nafter\n"

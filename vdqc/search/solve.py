@@ -15,9 +15,13 @@ Huangfu and Hall, HiGHS, Math. Prog. Comp. 10, 2018, through ``scipy.optimize.mi
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, final
 
@@ -122,6 +126,23 @@ def _least(
     return None
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS prints debugging lines to stdout for some models, where results alone belong."""
+    flush = getattr(ctypes.CDLL(None), "fflush", None) if os.name == "posix" else None
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        if flush is not None:
+            flush(None)  # what C still holds in its buffer
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _program(
     options: Sequence[Sequence[dict[str, float]]], axis: str, bounds: dict[str, float]
 ) -> list[int] | None:
@@ -152,13 +173,14 @@ def _program(
     cost = allowed * np.array([option[axis] for option in flat])
 
     def run(factor: float, whole: int, gap: float) -> tuple[float, Any] | None:
-        result = milp(
-            cost * factor,
-            integrality=np.full(count, whole),
-            bounds=Bounds(0, allowed),
-            constraints=constraint,
-            options={"mip_rel_gap": gap},
-        )
+        with _silent():
+            result = milp(
+                cost * factor,
+                integrality=np.full(count, whole),
+                bounds=Bounds(0, allowed),
+                constraints=constraint,
+                options={"mip_rel_gap": gap},
+            )
         if result.status == 2:
             return None
         if result.x is None:
