@@ -255,6 +255,25 @@ def test_tokens_are_mapped_to_frames(text_first: bool) -> None:
     assert (found.text_first, found.frame_major) == (text_first, True)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [[(3, 8, 12)], [(3, 8, 12), (3, 8, 12)], [(3, 8, 12), (4, 8, 16)], [(3, 8, 8), (5, 8, 8)]],
+)
+def test_frames_are_found_where_few_sizes_vary(sizes: list[tuple[int, int, int]]) -> None:
+    from vdqc.ir.frontend import capture
+    from vdqc.ir.sample import Sample
+
+    calls = [
+        Sample({"x": torch.randn(2, 2, *size), "y": torch.randn(2, 5, 8)}, timestep=float(index))
+        for index, size in enumerate(sizes)
+    ]
+    graph = capture(Video(text_first=False).eval(), calls)
+    PassManager([Canonicalize()], probe=False).run(graph, Context())
+    (found,) = token_frames(graph)
+    assert (found.extent, found.frame_major) == (Extent.VIDEO, True)
+    assert found.frames == graph.signature.inputs[0].sizes[2]
+
+
 def test_blocks_of_one_class_are_one_template() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -131,15 +131,17 @@ def _frames_of(
 
 
 def _frame_symbols(graph: Graph) -> set[Any]:
-    """Symbols of the frame axis of five-dimensional inputs, [B, C, F, H, W] or a permutation."""
+    """Symbols of the frame axis of five-dimensional inputs, [B, C, F, H, W] or [B, F, C, H, W].
+
+    Channels do not vary, so that whichever of the two axes does holds the frames.
+    """
     symbols: set[Any] = set()
     for node in graph.inputs:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.ndim != 5:
             continue
-        varying = [a for a, size in enumerate(value.shape) if not isinstance(size, int) and a > 0]
-        if len(varying) == 3 or varying in ([1], [2]):  # frames alone: a fixed resolution
-            symbols |= shape(node)[varying[0]].free_symbols
+        sizes = [sympy.sympify(size) for size in shape(node)]
+        symbols |= sizes[2].free_symbols or sizes[1].free_symbols
     return symbols
 
 
