@@ -108,8 +108,9 @@ def recipe_page(recipe: NamedRecipe, rows: Sequence[Mapping[str, Any]]) -> str:
         lines += ["Nothing yet: `benchmarks/quality.py` has no row of it."]
     if recipe.name == "quantsparse":
         lines += sparsity_section(rows)
-    lines += ["", "## Where we differ", ""]
-    lines += [f"* {text}" for text in recipe.departures] or ["Nowhere that we know of."]
+    if recipe.source or recipe.departures:
+        lines += ["", "## Where we differ", ""]
+        lines += [f"* {text}" for text in recipe.departures] or ["Nowhere that we know of."]
     return "\n".join(lines) + "\n"
 
 

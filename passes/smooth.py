@@ -40,7 +40,7 @@ from vdqc.base.scheme import QuantSpec
 from vdqc.engine.calibrate import ActivationStats
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.engine.rows import input_rows
-from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.graph import Graph, Stage, weight_source
 from vdqc.ir.learned import cast, parameter_dtype
 from vdqc.ir.peers import feed, param_name, quantised_groups, wrap_weight
 from vdqc.ir.site import Site, note, set_note
@@ -58,6 +58,13 @@ class Form(enum.StrEnum):
     ACTIVATION = "activation"
 
 
+class Weights(enum.StrEnum):
+    """Which weights a balanced scale looks at."""
+
+    ROTATED = "rotated"
+    PLAIN = "plain"
+
+
 @final
 @dataclass(frozen=True)
 class Smooth(Pass):
@@ -70,6 +77,8 @@ class Smooth(Pass):
             magnitude of the activations, also where these stay in float.
         search: values of alpha that are tried for each group; 0 takes ``alpha`` for all.
         learn: leave the scales free for ``distill``; they then stay one multiply at run time.
+        weights: whose greatest magnitudes count: those that the site reads now, ``rotated`` where
+            they are, or the ``plain`` ones of the model, as QuantVGGT's released code has it.
         select: glob of sites.
     """
 
@@ -77,6 +86,7 @@ class Smooth(Pass):
     form: Form = Form.BALANCED
     search: int = 0
     learn: bool = False
+    weights: Weights = Weights.ROTATED
     select: str = "*"
 
     name: ClassVar[str] = "smooth"
@@ -132,7 +142,8 @@ class Smooth(Pass):
             activation = rows[name].abs().mean(0)
             weight = torch.ones_like(activation)
         else:
-            activation, weight = stats.absmax(group), _weight_absmax(graph, group)
+            activation = stats.absmax(group)
+            weight = _weight_absmax(graph, group, self.weights)
 
         def at(alpha: float) -> Tensor:
             scale = smoothing_scale(activation, weight, alpha)
@@ -276,9 +287,14 @@ def specs(site: Site) -> tuple[QuantSpec | None, QuantSpec | None]:
     return (None, None) if site.scheme is None else (site.scheme.weight, site.scheme.input)
 
 
-def _weight_absmax(graph: Graph, group: Sequence[Site]) -> Tensor:
+def _weight_absmax(graph: Graph, group: Sequence[Site], weights: Weights) -> Tensor:
     """float32[K]: greatest magnitude per input channel over all weights of ``group``."""
-    columns = [graph.evaluate(site.weight).abs().amax(0).float() for site in group]
+    columns = []
+    for site in group:
+        source = weight_source(site.weight) if weights is Weights.PLAIN else None
+        same = source is not None and source.meta["val"].shape == site.weight.meta["val"].shape
+        value = graph.evaluate(source if source is not None and same else site.weight)
+        columns.append(value.abs().amax(0).float())
     return torch.stack(columns).amax(0)
 
 

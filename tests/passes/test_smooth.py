@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from vdqc.base import hadamard
 from vdqc.base.diagnostics import ConfigError
 from vdqc.engine.pass_manager import Pass
 from vdqc.engine.recipe import parse_passes
@@ -73,6 +74,19 @@ def test_statistics_are_of_what_the_linear_reads_now() -> None:
     rotated: list[Tensor] = []
     graph.run_inputs([x], lambda node, value: rotated.append(value) if node is mul else None)
     torch.testing.assert_close(rotated[0].abs().amax(0), torch.ones(16))
+
+
+@pytest.mark.parametrize("weights", ["rotated", "plain"])
+def test_a_balanced_scale_looks_at_the_weights_it_is_told(weights: str) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(32, 16)
+    graph = annotated(model, x)
+    passes = parse_passes(f"rotate{{block=16}},smooth{{weights={weights}}}", PASSES)
+    run(graph, *passes, ctx=context(x, model=model))
+    signs, plain = graph.param("0.rotation_signs"), model[0].weight.detach()
+    weight = plain if weights == "plain" else hadamard.rotate(plain, signs, 16)
+    activation = hadamard.rotate(x, signs, 16).abs().amax(0)
+    expected = (activation / weight.abs().amax(0)).sqrt()
+    torch.testing.assert_close(graph.param("0.smooth"), expected)
 
 
 def test_leaves_alone_what_it_need_not_smooth() -> None:
