@@ -5,6 +5,8 @@
         --scheme w4a8 --mapped --work /path/with/70GB
     python benchmarks/compile_time.py --model wan-14b --layers 40 --passes rotate,quant \\
         --scheme w4a8 --mapped --kill 10 --work /path/with/70GB
+    python benchmarks/compile_time.py --model hunyuan-13b --layers 60 --passes rotate,quant \\
+        --scheme w4a8 --mapped --work /path/with/70GB
 
 Weights are random and written as safetensors shards, one per block, so that a model larger than
 memory is really read from disk. Each size is compiled in a process of its own; results go to
@@ -42,10 +44,31 @@ WAN: dict[str, dict[str, Any]] = {
     "wan-14b": {"num_attention_heads": 40, "ffn_dim": 13824},
     "narrow": {"num_attention_heads": 4, "ffn_dim": 2048, "text_dim": 512},  # to try this out
 }
+HUNYUAN = "hunyuan-13b"
 
 
-def wan_config(model: str, layers: int) -> dict[str, Any]:
-    """A WanTransformer3DModel configuration as diffusers stores it."""
+def configuration(model: str, layers: int) -> dict[str, Any]:
+    """A configuration as diffusers stores it; of HunyuanVideo's layers two in three are single."""
+    if model == HUNYUAN:
+        return {
+            "_class_name": "HunyuanVideoTransformer3DModel",
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_attention_heads": 24,
+            "attention_head_dim": 128,
+            "num_layers": layers // 3,
+            "num_single_layers": layers - layers // 3,
+            "num_refiner_layers": 2,
+            "mlp_ratio": 4.0,
+            "patch_size": 2,
+            "patch_size_t": 1,
+            "qk_norm": "rms_norm",
+            "guidance_embeds": True,
+            "text_embed_dim": 4096,
+            "pooled_projection_dim": 768,
+            "rope_theta": 256.0,
+            "rope_axes_dim": [16, 56, 56],
+        }
     return {
         "_class_name": "WanTransformer3DModel",
         "patch_size": [1, 2, 2],
@@ -64,19 +87,20 @@ def wan_config(model: str, layers: int) -> dict[str, Any]:
 
 
 def write_random_model(folder: Path, config: dict[str, Any]) -> int:
-    """A diffusers folder with random bfloat16 weights, one shard per block; returns its bytes."""
+    """A diffusers folder with random bfloat16 weights, a shard per block; returns its bytes."""
     import diffusers
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        model = diffusers.WanTransformer3DModel.from_config(config)
+        model = getattr(diffusers, config["_class_name"]).from_config(config)
     shards: dict[str, list[str]] = {}
     state = model.state_dict()
     for name in state:
         parts = name.split(".")
-        shards.setdefault(parts[1] if parts[0] == "blocks" else "rest", []).append(name)
+        in_block = parts[0].endswith("blocks") and parts[1].isdigit()
+        shards.setdefault("-".join(parts[:2]) if in_block else "rest", []).append(name)
     weight_map, total = {}, 0
     pool = torch.randn(2**24 - 3, generator=torch.Generator().manual_seed(0)).bfloat16()
     for shard, names in shards.items():
@@ -128,7 +152,7 @@ def compile_once(folder: Path, out: Path, passes: str, scheme: str, mapped: bool
 def measure(arguments: argparse.Namespace, layers: int, work: Path) -> dict[str, Any]:
     """Write the model, compile it in a fresh process, perhaps again under kills, delete all."""
     folder, out = work / "model", work / "out"
-    size = write_random_model(folder, wan_config(arguments.model, layers))
+    size = write_random_model(folder, configuration(arguments.model, layers))
     command = [sys.executable, __file__, "--child", str(folder), str(out)]
     command += ["--passes", arguments.passes, "--scheme", arguments.scheme]
     command += ["--mapped"] if arguments.mapped else []
@@ -204,7 +228,7 @@ def _waits(process: subprocess.Popen[bytes], seconds: float) -> bool:
 def main() -> None:
     """Parse, measure each size, print a table, merge the results into the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(WAN), default="wan-1.3b")
+    parser.add_argument("--model", choices=[*sorted(WAN), HUNYUAN], default="wan-1.3b")
     parser.add_argument("--layers", type=int, nargs="+", default=[12])
     parser.add_argument("--passes", default="rotate,smooth,quant")
     parser.add_argument("--scheme", default="w8a8")
