@@ -169,13 +169,29 @@ def _computing(node: fx.Node) -> Cost:
     if node.target in (ROTATE, KRONECKER):
         return _rotation(node)
     if name in _MATMULS:
-        operand = node.args[0 if name not in ("addmm", "baddbmm") else 1]
-        assert isinstance(operand, fx.Node)
-        width = hint(operand.meta["val"].shape[-1])
+        width = _contracted(node, name)
         form = FLOAT_FORMAT.get(_tensors(node)[0].dtype, "fp32")
         return Cost({form: 2.0 * values * width}, 0.0)
     weight = 8.0 if name in _NORMS else 10.0 if name in _HEAVY else 1.0
     return Cost({"pointwise": weight * values}, 0.0, calls=0.0)
+
+
+def _contracted(node: fx.Node, name: str) -> int:
+    """Products that one value of a matmul sums up."""
+    if name != "einsum":
+        operand = node.args[1 if name in ("addmm", "baddbmm") else 0]
+        assert isinstance(operand, fx.Node)
+        return hint(operand.meta["val"].shape[-1])
+    inputs, _, kept = str(node.args[0]).replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    operands: Any = node.args[1]
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        shape = operand.meta["val"].shape
+        if "..." in letters:  # what the dots stand for is kept
+            head, _, tail = letters.partition("...")
+            letters, shape = head + tail, (*shape[: len(head)], *shape[len(shape) - len(tail) :])
+        sizes |= dict(zip(letters, map(hint, shape), strict=True))
+    return math.prod(size for letter, size in sizes.items() if letter not in kept)
 
 
 def _rotation(node: fx.Node) -> Cost:

@@ -8,9 +8,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from vdqc.base.diagnostics import CaptureError, Diagnostics, InputError
+from vdqc.base.target import TARGETS
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph
 from vdqc.ir.sample import Sample
+from vdqc.lowering.between import between_sites, live_bytes
+from vdqc.lowering.rules import sized_like
 from vdqc.testing.architectures import ARCHITECTURES, cast_model
 from vdqc.testing.harness import assert_close
 
@@ -48,6 +51,9 @@ def test_graph_equals_eager_on_fresh_calls(name: str) -> None:
         for actual, expected in zip(graph.run(**call), eager(model, call), strict=True):
             assert_close(actual, expected)
     assert bool(graph.origin.repairs) is (name in REPAIRED)
+    with sized_like(graph, ARCHITECTURES[name].inputs()):
+        assert between_sites(graph).us(TARGETS["cpu"]) > 0
+        assert live_bytes(graph) > 0
 
 
 @pytest.mark.parametrize("name", ["wan-t2v", "hunyuan-video", "vggt"])

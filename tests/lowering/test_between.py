@@ -14,7 +14,7 @@ from vdqc.kernels.base import NOTHING, Cost
 from vdqc.lowering.between import LOOP_US, between_sites, live_bytes
 from vdqc.lowering.machine import measured
 from vdqc.lowering.rules import hint, sized_like
-from vdqc.testing.harness import annotated
+from vdqc.testing.harness import annotated, captured
 
 CPU, GPU = TARGETS["cpu"], TARGETS["sm90"]
 
@@ -56,6 +56,23 @@ def test_heavy_ops_and_norms_count_more() -> None:
     light, heavy = cost(lambda x: x + 1), cost(F.silu)
     norm = cost(lambda x: F.layer_norm(x, (8,)))
     assert light.ops["pointwise"] < norm.ops["pointwise"] < heavy.ops["pointwise"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "products"),
+    [
+        ("bnd,bmd->bnm", 2 * 64 * 64 * 8),
+        ("...nd,...nd->...n", 2 * 64 * 8),
+        ("bnd,bnd->", 2 * 64 * 8),
+    ],
+)
+def test_products_of_einsum(equation: str, products: int) -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum(equation, x, x)
+
+    found = between_sites(captured(Model(), torch.randn(2, 64, 8)))
+    assert found.ops["fp32"] == 2 * products
 
 
 def test_a_value_with_readers_on_both_sides_of_a_site_stays_alive() -> None:
