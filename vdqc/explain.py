@@ -28,6 +28,8 @@ from vdqc.lowering.select import choose
 from vdqc.lowering.sparse import is_sparse, sparse_problem
 from vdqc.sites import SiteRow, site_rows, with_kernels
 
+_BY_SAMPLES = "the samples decide"
+
 
 @final
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class PlannedMask:
     density: float
     heads: int
     how: str
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the table that says which mask each head gets, where the samples decide."""
+        return 8 * self.heads if self.how.endswith(_BY_SAMPLES) else 0
 
 
 @final
@@ -99,8 +106,10 @@ def explain(
     learning = learning_calls(recipe, len(source.samples)) * plain_us * 1e-6
     with sized_like(graph, first):
         choices = [c.priced(machine) for c in choose(graph, target, planned=True)]
-        forecast = forecast_of(graph, choices, machine, captured + learning)
         masks = tuple(planned_masks(graph, recipe))
+        forecast = forecast_of(
+            graph, choices, machine, captured + learning, sum(mask.stored_bytes for mask in masks)
+        )
     rows = with_kernels(site_rows(graph), choices)
     stage, passes = Stage.CAPTURED, []
     for item in recipe.passes:
@@ -140,7 +149,7 @@ def _how(policy: MaskPolicy, heads: str, budget: str) -> str:
         return "every call, head and query block chooses"
     mask = " or ".join(kinds)
     if budget == "calibrated":
-        return f"{mask}, at a density of its own: the samples decide"
+        return f"{mask}, at a density of its own: {_BY_SAMPLES}"
     if len(kinds) == 1:
         return mask
-    return f"{mask}: {'every call decides' if heads == 'online' else 'the samples decide'}"
+    return f"{mask}: {'every call decides' if heads == 'online' else _BY_SAMPLES}"

@@ -4,7 +4,7 @@
 time     of one call like the first sample under ``torch.compile``: sites and what runs between
          them, at the rates of this machine if the target is its CPU
 weights  bytes of the compiled model, exact but for what is learned: branches, rows of several
-         widths, learned rotations, which mask each head gets
+         widths, learned rotations
 memory   weights, stored values alive at one time, sums and codes of the largest linear
 compile  seconds: capture as measured now, weights at the rate of ``benchmarks/compile_time.py``,
          every pass's forward passes of the float model over the samples
@@ -46,12 +46,18 @@ class Forecast:
 
 
 def forecast_of(
-    graph: Graph, choices: Sequence[KernelChoice], machine: Target, known_seconds: float
+    graph: Graph,
+    choices: Sequence[KernelChoice],
+    machine: Target,
+    known_seconds: float,
+    extra_bytes: int = 0,
 ) -> Forecast:
-    """The forecast for a planned graph; ``known_seconds`` of compiling are added to the rest."""
+    """The forecast for a planned graph; ``known_seconds`` of compiling are added to the rest, and
+    ``extra_bytes`` that passes will store beside the weights.
+    """
     kernels = {choice.site: choice.kernel for choice in choices if choice.kernel != "aten"}
     sites = [site for site in graph.sites(kind=SiteKind.LINEAR) if site.name in kernels]
-    weights, working = weight_bytes(graph, {site.name for site in sites}), 0
+    weights, working = extra_bytes + weight_bytes(graph, {site.name for site in sites}), 0
     for site in sites:
         problem = linear_site(graph, site).problem
         assert site.scheme is not None

@@ -12,6 +12,7 @@ from vdqc.check import weight_bytes
 from vdqc.compiler import as_source, parse_recipe
 from vdqc.explain import Plan, explain, learning_calls
 from vdqc.forecast import predicted_seconds
+from vdqc.testing.architectures import ARCHITECTURES
 
 CPU = TARGETS["cpu"]
 
@@ -35,6 +36,19 @@ def planned(model: Path, passes: str, scheme: str) -> Plan:
 def test_weights_are_exact(model_file: Path, tmp_path: Path, passes: str, scheme: str) -> None:
     plan = planned(model_file, passes, scheme)
     out = vdqc.compile(model_file, None, passes, scheme, "cpu", tmp_path / "out").path
+    assert plan.forecast.weight_bytes == weight_bytes(vdqc.load(out))
+
+
+@pytest.mark.parametrize("heads", ["calibrated", "online"])
+def test_weights_are_exact_with_masks(tmp_path: Path, heads: str) -> None:
+    architecture = ARCHITECTURES["wan-t2v"]
+    model, samples = architecture.build(), architecture.samples()
+    passes = f"quant,sparsify{{density=0.7,block=4,heads={heads}}}"
+    recipe = parse_recipe(passes, ["w8a8"], None)
+    plan = explain(as_source(model, samples, None), recipe, CPU, Diagnostics())
+    assert plan.masks
+    out = tmp_path / "out"
+    vdqc.compile(model, samples, passes, "w8a8", "cpu", out, verify=False)
     assert plan.forecast.weight_bytes == weight_bytes(vdqc.load(out))
 
 
