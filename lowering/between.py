@@ -13,7 +13,7 @@ norms                                          8
 
 Units are operations of ``Target.peak["pointwise"]``, 0.045 ns each on one Zen 5 core (measured:
 LayerNorm, modulation and quantiser of 4096 x 1536 5.0 ms, GELU and epilogue of 4096 x 6144 17 ms).
-Sizes that vary are those of the captured example.
+Sizes that vary are those of the call that ``sized_like`` names, else of the captured example.
 """
 
 from __future__ import annotations

@@ -75,10 +75,10 @@ def integer_work(
         if packed and rows is None and not asymmetric_input:
             known = known_codes(graph, linear.weight)
             if known is not None:
-                return _packed_piece(graph, linear.weight, known)
+                return _packed_piece(graph, linear, known)
         codes, scale, zero_point = _permuted(weight_codes(graph, linear.weight), rows)
         codes, zero_point = _signed(codes, zero_point, spec)
-        scale, multiplier = _factors(scale, len(codes), spec)
+        scale, multiplier = _factors(linear, scale, len(codes))
         wide = codes if multiplier is None else _multiplied(codes, multiplier)
         zero = None if zero_point is None else zero_point.reshape(-1).expand(codes.shape[0])
         return _piece(
@@ -92,19 +92,21 @@ def integer_work(
     return _work(f"integer {packed} {asymmetric_input}", linear, rows, compute)
 
 
-def _factors(scale: Tensor, rows: int, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+def _factors(linear: LinearSite, scale: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
     """(scale float[N], whole multiplier int8[N, G] of groups)."""
+    spec = linear.weight.spec
+    assert spec is not None
     if spec.granularity.kind is not GranularityKind.GROUP:
         return (scale.expand(rows, 1) if scale.ndim == 0 else scale).squeeze(-1), None
     factors = factor_scales(scale, 127 // spec.qmax)
-    assert factors is not None, "group scales are not whole multiples"
+    assert factors is not None, f"{linear.site}: group scales are not whole multiples"
     return factors
 
 
-def _packed_piece(graph: Graph, weight: Operand, packed: Tensor) -> Piece:
-    assert weight.scale is not None
-    assert weight.spec is not None
-    scale, multiplier = _factors(graph.evaluate(weight.scale), len(packed), weight.spec)
+def _packed_piece(graph: Graph, linear: LinearSite, packed: Tensor) -> Piece:
+    """The parameters of ``packed_linear`` around codes that are packed already."""
+    assert linear.weight.scale is not None
+    scale, multiplier = _factors(linear, graph.evaluate(linear.weight.scale), len(packed))
     return _piece(weight=packed, multiplier=multiplier, scale=scale)
 
 

@@ -28,8 +28,6 @@ from vdqc.lowering.select import choose
 from vdqc.lowering.sparse import is_sparse, sparse_problem
 from vdqc.sites import SiteRow, site_rows, with_kernels
 
-_BY_SAMPLES = "the samples decide"
-
 
 @final
 @dataclass(frozen=True)
@@ -42,11 +40,12 @@ class PlannedMask:
     density: float
     heads: int
     how: str
+    by_samples: bool
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the table that says which mask each head gets, where the samples decide."""
-        return 8 * self.heads if self.how.endswith(_BY_SAMPLES) else 0
+        return 8 * self.heads if self.by_samples else 0
 
 
 @final
@@ -139,17 +138,20 @@ def planned_masks(graph: Graph, recipe: Recipe) -> list[PlannedMask]:
             continue
         problem, policy = sparse_problem(graph, site.node), MaskPolicy.parse(str(site.node.args[6]))
         how = _how(policy, str(options.get("heads")), str(options.get("budget")))
-        found.append(PlannedMask(site.name, str(policy), problem.density, problem.heads, how))
+        found.append(PlannedMask(site.name, str(policy), problem.density, problem.heads, *how))
     return found
 
 
-def _how(policy: MaskPolicy, heads: str, budget: str) -> str:
+def _how(policy: MaskPolicy, heads: str, budget: str) -> tuple[str, bool]:
+    """Who decides which mask a head gets, and whether that is the samples."""
     kinds = [kind.replace("_", " ") for kind in MASKS[policy.name]]
     if not kinds:
-        return "every call, head and query block chooses"
+        return "every call, head and query block chooses", False
     mask = " or ".join(kinds)
     if budget == "calibrated":
-        return f"{mask}, at a density of its own: {_BY_SAMPLES}"
+        return f"{mask}, at a density of its own: the samples decide", True
     if len(kinds) == 1:
-        return mask
-    return f"{mask}: {'every call decides' if heads == 'online' else _BY_SAMPLES}"
+        return mask, False
+    if heads == "online":
+        return f"{mask}: every call decides", False
+    return f"{mask}: the samples decide", True
