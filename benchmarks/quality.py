@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                                   # the whole table, resumes
     python benchmarks/quality.py --recipes rtn,quarot --schemes w4a8,w4a6 --seeds 0
+    python benchmarks/quality.py --recipes 'qvdit,qvdit-*' --schemes w3a6   # part by part
     python benchmarks/quality.py --recipes sparsity --schemes w4a8 --densities 0.5,0.25
     python benchmarks/quality.py --table                           # print what is there
 
@@ -26,11 +27,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from quality_ablations import ABLATIONS, ablated, is_ablation
+from quality_ablations import names as ablations
+from quality_memo import once_captured, once_run
 from quality_models import MOVING, SOURCES, record_calls
 from quality_sparsity import VARIANTS, facts, is_sparse, passes
 from torch import Tensor, nn
@@ -60,16 +64,23 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 source, pool = SOURCES[model](), Path(folder) / "pool"
                 record_calls(source, pool)
-                for job in jobs(options, model, rows):
-                    print(" ".join(str(job[key]) for key in KEY), end=" ", flush=True)
-                    row = measure(source, job, pool, options)
-                    rows = [old for old in rows if key_of(old) != key_of(row)] + [row]
-                    write(rows)
-                    shown = ("error",) if "error" in row else ("sqnr_db", "psnr_db", "accuracy")
-                    facts = " ".join(f"{key}={row[key]}" for key in shown)
-                    print(f"{facts} {row['seconds']:.0f} s", flush=True)
+                with once_captured() as spared, once_run(source.model):
+                    for job in jobs(options, model, rows):
+                        print(" ".join(str(job[key]) for key in KEY), end=" ", flush=True)
+                        spared.clear()
+                        row = measure(source, job, pool, options)
+                        row["seconds"] = round(row["seconds"] + sum(spared), 1)
+                        rows = [old for old in rows if key_of(old) != key_of(row)] + [row]
+                        write(rows)
+                        print(told(row), flush=True)
     print(table(rows))
     return 0
+
+
+def told(row: dict[str, Any]) -> str:
+    """A row's main figures, or why there are none."""
+    shown = ("error",) if "error" in row else ("sqnr_db", "psnr_db", "accuracy")
+    return " ".join(f"{key}={row[key]}" for key in shown) + f" {row['seconds']:.0f} s"
 
 
 def parse() -> argparse.Namespace:
@@ -79,7 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--recipes",
         default=RECIPES,
-        help="names, .toml files, variants of 'sparsity', or all these",
+        help="names, .toml files, variants of 'sparsity', ablations, or all of them",
     )
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--densities", default="0.5,0.25", help="of the variants of 'sparsity'")
@@ -95,7 +106,7 @@ def jobs(
 ) -> Iterator[dict[str, Any]]:
     """What is to be measured of ``model``."""
     there = {key_of(row) for row in rows if "error" not in row}
-    recipes = options.recipes.replace("sparsity", ",".join(VARIANTS)).split(",")
+    recipes = list(spelled(options.recipes.split(",")))
     densities = [float(text) for text in options.densities.split(",")]
     for seed in map(int, options.seeds.split(",")):
         for scheme in options.schemes.split(","):
@@ -108,6 +119,17 @@ def jobs(
                     job |= {"scheme": scheme if quantised else "none", "seed": seed, "file": recipe}
                     if options.again or key_of(job) not in there:
                         yield job
+
+
+def spelled(recipes: Sequence[str]) -> Iterator[str]:
+    """``recipes`` with ``sparsity`` and ``<recipe>-*`` as what they stand for."""
+    for name in recipes:
+        if name == "sparsity":
+            yield from VARIANTS
+        elif name.endswith("-*") and name[:-2] in ABLATIONS:
+            yield from ablations(name[:-2])
+        else:
+            yield name
 
 
 def measure(
@@ -159,11 +181,17 @@ def plan(job: dict[str, Any], pool: Path) -> tuple[str, list[str]]:
     """Passes and rules of a job."""
     if job["file"] in VARIANTS:
         checkpoints = pool.parent / "checkpoints"
-        text = passes(job["file"], job["density"], checkpoints, job["scheme"], job["seed"])
+        text = passes(
+            job["file"], job["model"], job["density"], checkpoints, job["scheme"], job["seed"]
+        )
         return text, [job["scheme"]]
-    recipe = named(job["file"])
-    drawn = "" if "select" in recipe.pass_list else f"select{{method=uniform,count={SELECTED}}},"
-    return drawn + recipe.pass_list, fitting(recipe.scheme, job["scheme"])
+    if is_ablation(job["file"]):
+        text, scheme = ablated(job["file"])
+    else:
+        recipe = named(job["file"])
+        text, scheme = recipe.pass_list, recipe.scheme
+    drawn = "" if "select" in text else f"select{{method=uniform,count={SELECTED}}},"
+    return drawn + text, fitting(scheme, job["scheme"])
 
 
 def fitting(own: tuple[str, ...], scheme: str) -> list[str]:

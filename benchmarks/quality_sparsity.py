@@ -1,7 +1,8 @@
 """The rows of the quality table that tell what sparsity costs, alone and with quantisation.
 
-Each variant adds one part of QuantSparse to the one before. ``block`` tokens make a block: the
-digits model has 512 tokens, 16 blocks of 32, where a GPU's 128 would leave 4. ``msad`` learns
+Each variant adds one part of QuantSparse to the one before. ``BLOCK_TOKENS`` make a block: the
+digits model has 512 tokens, 16 blocks of 32, where a GPU's 128 would leave 4; the large one has
+4096. ``msad`` learns
 scales, rotations and clips on dense attention, as the paper does; ``joint`` learns them with the
 masks in place, in the student and in the teacher's loss alone. Variants that learn the same share
 what they learned through a checkpoint.
@@ -16,7 +17,7 @@ from typing import Any
 
 from vdqc.ir.artifact import Artifact
 
-SPARSE = "sparsify{{policy=svg,density={density},block=32}}"
+SPARSE = "sparsify{{policy=svg,density={density},block={block}}}"
 FIRST, SECOND = "reparameterize{{order=1}}", "reparameterize{{order=2,rank=16}}"
 LINEAR = "reparameterize{{order=2,rank=16,extrapolation=linear}}"
 NAIVE = "rotate,quant"
@@ -27,6 +28,9 @@ LEARNED = (
 BLOCK = LEARNED + "distill{{loss=block,checkpoint={folder}}}"
 MSAD = LEARNED + "distill{{loss=block+auto*msad,checkpoint={folder}}}"
 JOINT = LEARNED + SPARSE + ",distill{{loss=block,checkpoint={folder}}}"
+
+#: By model.
+BLOCK_TOKENS = {"digits": 32, "large": 128}
 
 #: Passes by name; those without a mask are measured once, at density 1.
 VARIANTS = {
@@ -55,13 +59,14 @@ def is_sparse(name: str) -> bool:
     return "{density}" in VARIANTS.get(name, "")
 
 
-def passes(name: str, density: float, checkpoints: Path, scheme: str, seed: int) -> str:
+def passes(name: str, model: str, density: float, checkpoints: Path, scheme: str, seed: int) -> str:
     """The pass list of a variant; what it learns is kept in ``checkpoints``."""
     learned = name.partition("+")[0]
     folder = checkpoints / f"{learned}-{scheme}-{seed}"
     if learned == "joint":
         folder = checkpoints / f"{learned}-{scheme}-{seed}-{density:g}"
-    return VARIANTS[name].format(density=density, folder=folder)
+    block = BLOCK_TOKENS[model]
+    return VARIANTS[name].format(density=density, block=block, folder=folder)
 
 
 def facts(artifact: Artifact) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def recipe_page(recipe: NamedRecipe, rows: Sequence[Mapping[str, Any]]) -> str:
         lines += ["", "All recipes side by side: [README.md](README.md)."]
     else:
         lines += ["Nothing yet: `benchmarks/quality.py` has no row of it."]
+    lines += ablation_section(recipe.name, rows)
     if recipe.name == "quantsparse":
         lines += sparsity_section(rows)
     if recipe.source or recipe.departures:
@@ -147,6 +148,41 @@ def measured_table(
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def ablation_section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The recipe beside itself without each of its parts, where that was measured."""
+    parts = [r for r in rows if "sqnr_db" in r and r["recipe"].startswith(f"{name}-")]
+    lines = []
+    for (model, scheme), group in grouped(parts, "model", "scheme"):
+        whole = [r for r in dense(rows) if (r["model"], r["scheme"]) == (model, scheme)]
+        whole = [r for r in whole if r["recipe"] == name]
+        for (part,), found in [((name,), whole), *grouped(group, "recipe")]:
+            if not found:
+                continue
+            cells = [
+                model,
+                scheme,
+                part.partition("-")[2] or "nothing",
+                f"{mean(found, 'effective_bits'):.2f}",
+                shown(found, "sqnr_db"),
+                shown(found, "psnr_db"),
+                shown(found, "accuracy", 3) if found[0].get("accuracy") is not None else "",
+                str(len(found)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    return [
+        "",
+        "## Part by part",
+        "",
+        "The recipe without one of its parts, see `benchmarks/quality_ablations.py`.",
+        "",
+        "| model | scheme | without | bits | SQNR, dB | PSNR, dB | accuracy | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *lines,
+    ]
 
 
 def sparsity_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:

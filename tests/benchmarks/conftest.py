@@ -1,6 +1,7 @@
-"""Benchmarks are no package of the project: they are found at its root."""
+"""Benchmarks are no package of the project: they are found at its root, and import each other."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]

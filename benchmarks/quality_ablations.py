@@ -1,0 +1,76 @@
+"""Recipes with one part taken out or changed: the rows that tell which part does the work.
+
+``qvdit-tqe`` is the recipe ``qvdit`` without its token-aware branch. Without a selector, samples
+are drawn evenly, as many as every recipe gets that has none.
+"""
+
+from __future__ import annotations
+
+from vdqc.base.diagnostics import ConfigError
+from vdqc.engine.named import named
+
+RATES = "rate=1e-5,clip_rate=1e-6,branch_rate=1e-5"
+
+#: By recipe and part: the text of the pass list that is replaced, and what replaces it.
+ABLATIONS: dict[str, dict[str, tuple[str, str]]] = {
+    "qvdit": {
+        "tqe": ("split{branch=tqe},", ""),
+        "tmd": ("block+100*tmd", "block"),
+        "smooth": ("smooth{alpha=0.11},", ""),
+        "slow": (f",{RATES}", ""),  # the house's rates instead of the paper's
+        "distill": (f",distill{{loss=block+100*tmd,{RATES}}}", ""),
+    },
+    "s2q_vdit": {
+        "hsds": ("select{method=salient,count=40},", ""),
+        "std": ("distill{loss=std}", "distill{loss=block}"),
+        "scale": ("smooth{alpha=0.5,learn=true},", ""),
+        "rotation": ("rotate{learn=true},", ""),
+        "gptq": (",gptq", ""),
+    },
+    "quantvggt": {
+        "nfds": ("select{method=nfds,count=40},", ""),
+        "rotation": ("rotate{block=full},", ""),
+        "scale": ("smooth{alpha=0.5,learn=true},", ""),
+        "clip": ("quant{clip=learned}", "quant"),
+        "distill": (",distill{loss=block}", ""),
+    },
+    "mpq_dm": {
+        "rows": ("allocate{method=rows},", ""),
+        "branch": ("split{branch=oolri,placement=inner},", ""),
+        "trd": ("block+100*trd", "block"),
+    },
+    "mpq_dmv2": {
+        "planes": ("allocate{method=planes},", ""),
+        "branch": ("split{branch=oolri},", ""),
+        "mtrd": ("block+mtrd", "block"),
+    },
+    "composed": {
+        "search": ("smooth{search=20,learn=true}", "smooth{alpha=0.5,learn=true}"),
+        "range": ("quant{weight_range=mse,clip=learned}", "quant{clip=learned}"),
+        "gptq": (",gptq", ""),
+    },
+}
+
+
+def names(recipe: str) -> list[str]:
+    """All ablations of a recipe."""
+    return [f"{recipe}-{part}" for part in ABLATIONS.get(recipe, {})]
+
+
+def is_ablation(name: str) -> bool:
+    """True for ``<recipe>-<part>``."""
+    recipe, _, part = name.partition("-")
+    return part in ABLATIONS.get(recipe, {})
+
+
+def ablated(name: str) -> tuple[str, tuple[str, ...]]:
+    """(pass list, scheme and rules of the recipe) of an ablation.
+
+    Raises ConfigError where the recipe's file has changed under it.
+    """
+    recipe, _, part = name.partition("-")
+    own = named(recipe)
+    old, new = ABLATIONS[recipe][part]
+    if own.pass_list.count(old) != 1:
+        raise ConfigError(f"{name}: expected '{old}' once in the recipe, got {own.pass_list}")
+    return own.pass_list.replace(old, new), own.scheme

@@ -1,0 +1,89 @@
+"""The quality table's own parts: ablations that fit their recipes, and what is computed once."""
+
+from pathlib import Path
+
+import pytest
+import quality
+import torch
+from quality_ablations import ABLATIONS, ablated, is_ablation, names
+from quality_memo import digest, once_captured, once_run
+from quality_sparsity import VARIANTS, passes
+from torch import nn
+
+from vdqc import Sample
+from vdqc.compiler import compile, parse_recipe
+from vdqc.engine.named import named
+from vdqc.ir.artifact import read
+
+
+@pytest.mark.parametrize("name", [name for recipe in ABLATIONS for name in names(recipe)])
+def test_an_ablation_is_a_recipe_of_its_own(name: str) -> None:
+    text, scheme = ablated(name)
+    recipe = named(name.partition("-")[0])
+    assert is_ablation(name)
+    assert text != recipe.pass_list
+    assert str(parse_recipe(text, list(scheme))) != str(parse_recipe(None, None, recipe.name))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_sparsity_is_a_recipe(name: str, tmp_path: Path) -> None:
+    parse_recipe(passes(name, "digits", 0.25, tmp_path, "w4a8", 0), "w4a8")
+
+
+def test_short_forms_stand_for_all() -> None:
+    assert list(quality.spelled(["rtn", "qvdit-*"])) == ["rtn", *names("qvdit")]
+    assert list(quality.spelled(["sparsity"])) == list(VARIANTS)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).eval()
+
+
+def test_a_clone_of_the_first_capture_compiles_to_the_same(tmp_path: Path) -> None:
+    net, samples = (
+        model(),
+        [Sample({"input": torch.randn(3, 8)}), Sample({"input": torch.ones(5, 8)})],
+    )
+    found = []
+    for folder in ("alone", "first", "second"):
+        with once_captured() as spared:
+            if folder == "second":
+                compile(net, samples, "rotate,quant", "w4a8", target="cpu", out=tmp_path / "warm")
+                assert not spared
+            artifact = compile(
+                net, samples, "rotate,quant", "w4a8", target="cpu", out=tmp_path / folder
+            )
+            assert len(spared) == (folder == "second")
+        found.append(read(artifact.path).manifest["files"]["weights.safetensors"])
+    assert found[0] == found[1] == found[2]
+
+
+def test_the_float_model_answers_a_call_once() -> None:
+    net, calls = model(), []
+    net.register_forward_hook(lambda *_: calls.append("hook"))
+    net[0].register_forward_hook(lambda *_: calls.append("computed"))
+    value = torch.randn(2, 8)
+    with torch.no_grad(), once_run(net):
+        first = net(value)
+        first.add_(1)  # the caller's own
+        again = net(value.clone())
+        other = net(value + 1)
+    assert calls == ["computed", "hook", "hook", "computed", "hook"]
+    assert torch.allclose(again, first - 1)
+    assert not torch.equal(other, again)
+    assert "forward" not in vars(net)
+
+
+def test_calls_are_told_apart_by_content_dtype_and_name() -> None:
+    value = torch.arange(4.0)
+    same = digest(((value,), {"scale": 2}))
+    assert same == digest(((value.clone(),), {"scale": 2}))
+    for args, kwargs in (
+        ((value + 1,), {"scale": 2}),
+        ((value.double(),), {"scale": 2}),
+        ((value.view(2, 2),), {"scale": 2}),
+        ((value,), {"scale": 3}),
+        ((value,), {"other": 2}),
+    ):
+        assert digest((args, kwargs)) != same
