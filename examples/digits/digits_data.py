@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SIZE = 32
-"""Height and width of a frame, pixels."""
+"""Height and width of a frame, pixels, unless another is asked for."""
 FRAMES = 16
 """Frames of a whole video."""
 TOKEN_DIM = 32
@@ -35,7 +35,7 @@ DROPPED = -1
 """The label of an unconditional video: `tokens` turns it into the null token."""
 
 DIGIT = 14.0  # height and width of an enlarged digit, pixels
-CENTRES = 16.0  # how near the two digits come, pixels
+CENTRES = 0.5  # how near the two digits come, as a share of the frame: each has its half
 SPEED_X = (0.2, 1.0)  # pixels a frame
 SPEED_Y = (0.5, 1.5)
 
@@ -84,26 +84,33 @@ def typical(digits: Handwriting, count: int) -> Handwriting:
 
 
 def draw(
-    digits: Handwriting, batch: int, generator: torch.Generator, *, frames: int = FRAMES
+    digits: Handwriting,
+    batch: int,
+    generator: torch.Generator,
+    *,
+    frames: int = FRAMES,
+    size: int = SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """Videos [B, 1, F, 32, 32] in [-1, 1] of random pairs, places, speeds; their labels [B, 2].
+    """Videos [B, 1, F, size, size] in [-1, 1] of random pairs, places, speeds; their labels [B, 2].
 
     Left and right digit are independent; `generator` lives on the device of `digits`.
     """
     device = digits.images.device
     chosen = torch.randint(len(digits.labels), (batch, 2), generator=generator, device=device)
-    top, left = _paths(batch, frames, generator, device)
-    return render(digits.images[chosen], top, left), digits.labels[chosen]
+    top, left = _paths(batch, frames, size, generator, device)
+    return render(digits.images[chosen], top, left, size), digits.labels[chosen]
 
 
-def render(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
-    """Digits at sub-pixel places: images [B, 2, 8, 8], top and left [B, F, 2] → [B, 1, F, 32, 32].
+def render(images: Tensor, top: Tensor, left: Tensor, size: int = SIZE) -> Tensor:
+    """Digits at sub-pixel places: images [B, 2, 8, 8], top and left [B, F, 2] → videos.
+
+    Videos [B, 1, F, size, size].
 
     One separable interpolation enlarges and places at once, `rows @ image @ columns^T`, with the
     cubic kernel of R. Keys (1981); the brighter of the two digits wins a pixel.
     """
-    rows, columns = _placement(top), _placement(left)  # [B, F, 2, 32, 8]
-    grey = rows @ images[:, None] @ columns.mT  # [B, F, 2, 32, 32]
+    rows, columns = _placement(top, size), _placement(left, size)  # [B, F, 2, size, 8]
+    grey = rows @ images[:, None] @ columns.mT  # [B, F, 2, size, size]
     grey = (
         ((grey - 0.15) * 1.6).clamp(0, 1).amax(dim=2)
     )  # steeper edges: 8 pixels enlarged are soft
@@ -130,7 +137,7 @@ def tokens(labels: Tensor, length: int = 2) -> Tensor:
 
 
 def _paths(
-    batch: int, frames: int, generator: torch.Generator, device: torch.device
+    batch: int, frames: int, size: int, generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Upper left corners (top, left) of both digits, each [B, F, 2], pixels.
 
@@ -146,14 +153,15 @@ def _paths(
         position: Tensor = room - (room - travelled).abs()
         return position
 
-    top = walk(SIZE - DIGIT, SPEED_Y)
-    left = walk(SIZE - DIGIT - CENTRES, SPEED_X).sort(dim=-1).values
-    return top, left + torch.tensor([0.0, CENTRES], device=device)
+    apart = CENTRES * size
+    top = walk(size - DIGIT, SPEED_Y)
+    left = walk(size - DIGIT - apart, SPEED_X).sort(dim=-1).values
+    return top, left + torch.tensor([0.0, apart], device=device)
 
 
-def _placement(corner: Tensor) -> Tensor:
-    """Weights [..., 32, 8] that lay 8 source pixels, enlarged to 14, at `corner` [...]."""
-    pixel = torch.arange(SIZE, device=corner.device)
+def _placement(corner: Tensor, size: int) -> Tensor:
+    """Weights [..., size, 8] that lay 8 source pixels, enlarged to 14, at `corner` [...]."""
+    pixel = torch.arange(size, device=corner.device)
     source = (pixel + 0.5 - corner[..., None]) * (8 / DIGIT) - 0.5
     distance = (source[..., None] - torch.arange(8, device=corner.device)).abs()
     near = (1.5 * distance - 2.5) * distance**2 + 1

@@ -1,9 +1,10 @@
 """Measure the example: how many generated videos show the two digits that were asked for.
 
     python examples/digits/evaluate.py --videos 200 --sheet samples.png
+    python examples/digits/evaluate.py --model examples/digits_large/model.py --videos 8
 
-Prints one JSON line. Every video is read by the classifier of this folder, which is measured on
-held-out real videos in the same run: its mistakes bound what `accuracy` can reach.
+Prints one JSON line. Every video is read by the classifier of the model's folder, which is measured
+on held-out real videos in the same run: its mistakes bound what `accuracy` can reach.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import digits_classifier as classifier  # noqa: E402
 import digits_data as data  # noqa: E402
-import model as example  # noqa: E402
+import digits_sampler as sampler  # noqa: E402
+
+from vdqc.ir.source import load_source  # noqa: E402
 
 
 def main(options: argparse.Namespace) -> None:
@@ -30,28 +33,32 @@ def main(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transformer = example.model(Path(options.transformer)).to(device)
+    source = load_source(Path(options.model))
+    assert source.generate is not None
+    own = source.generate.__globals__  # the functions of that model.py
+    transformer = own["model"](Path(options.transformer)) if options.transformer else source.model
+    transformer = transformer.to(device)
+    reader = classifier.load_reader(Path(options.model).parent / "classifier.safetensors")
     batches: list[Tensor] = []
     wanted: list[Tensor] = []
-    frames: list[float] = []
     start = time.monotonic()
-    for seed in range(options.seed, options.seed + -(-options.videos // example.VIDEOS)):
-        pairs = example.labels(seed)
+    for seed in range(options.seed, options.seed + -(-options.videos // own["VIDEOS"])):
+        pairs = own["labels"](seed)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-            made = example.sample(
+            made = own["sample"](
                 transformer, pairs, seed, steps=options.steps, guidance=options.guidance
             )
         batches.append(made)
         wanted.append(pairs)
-        frames.append(example.frame_accuracy(made, seed))
     seconds = (time.monotonic() - start) / len(batches)
     videos, pairs = torch.cat(batches), torch.cat(wanted)
-    right = example.read(videos) == pairs
-    reader = classifier.load_reader(HERE / "classifier.safetensors")
+    right = classifier.read(videos, reader) == pairs
+    frames = classifier.read(classifier.single_frames(videos), reader)
+    right_frames = (frames == pairs.repeat_interleave(videos.shape[2], dim=0)).all(dim=1)
     real = classifier.real_accuracy(reader, data.handwriting("test"), options.videos)
     result = {
         "accuracy": round(right.all(dim=1).float().mean().item(), 4),
-        "frame_accuracy": round(sum(frames) / len(frames), 4),
+        "frame_accuracy": round(right_frames.float().mean().item(), 4),
         "left": round(right[:, 0].float().mean().item(), 4),
         "right": round(right[:, 1].float().mean().item(), 4),
         "by_digit": [round(right[pairs == digit].float().mean().item(), 3) for digit in range(10)],
@@ -72,13 +79,12 @@ def main(options: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--transformer", default=str(HERE / "transformer"), help="a diffusers folder"
-    )
+    parser.add_argument("--model", default=str(HERE / "model.py"))
+    parser.add_argument("--transformer", default="", help="a diffusers folder with other weights")
     parser.add_argument("--videos", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first batch of 8")
-    parser.add_argument("--steps", type=int, default=example.STEPS)
-    parser.add_argument("--guidance", type=float, default=example.GUIDANCE)
+    parser.add_argument("--steps", type=int, default=sampler.STEPS)
+    parser.add_argument("--guidance", type=float, default=sampler.GUIDANCE)
     parser.add_argument(
         "--bf16", action="store_true", help="faster on some CPUs, slightly different"
     )

@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import digits_data as data  # noqa: E402
-from digits_classifier import DigitReader, real_accuracy, save_reader  # noqa: E402
+from digits_classifier import DigitReader, load_reader, real_accuracy, save_reader  # noqa: E402
 
 CONFIG: dict[str, Any] = {
     "patch_size": (2, 4, 4),  # 16 x 32 x 32 → 512 tokens
@@ -55,8 +55,8 @@ CONFIG: dict[str, Any] = {
     "num_layers": 5,
     "rope_max_seq_len": 32,
 }
-LENGTHS = (2, 4, 8, 16)
-"""Clip lengths, frames."""
+LENGTHS = (1 / 8, 1 / 4, 1 / 2, 1)
+"""Clip lengths, as shares of a whole video."""
 MIXTURE = (
     (0.55, (0.45, 0.25, 0.20, 0.10)),
     (0.75, (0.15, 0.30, 0.30, 0.25)),
@@ -82,7 +82,10 @@ def train_transformer(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Path(options.run)
     run.mkdir(parents=True, exist_ok=True)
-    model = new_transformer(options.seed).to(device).train()
+    model = (old_transformer(options.start) if options.start else new_transformer(options.seed)).to(
+        device
+    )
+    model.train()
     weights = list(model.parameters())
     average = [weight.detach().clone() for weight in weights]
     optimizers = new_optimizers(model)
@@ -159,15 +162,15 @@ def training_loss(
     random = torch.Generator(device).manual_seed(options.seed * 1_000_003 + step)
     weights = next(weights for end, weights in MIXTURE if share < end)
     pick = torch.multinomial(torch.tensor(weights, device=device), 1, generator=random)
-    frames = LENGTHS[int(pick)]
-    batch = max(1, options.batch * data.FRAMES // frames)
-    videos, labels = data.draw(digits, batch, random, frames=frames)
+    frames = int(LENGTHS[int(pick)] * options.frames)
+    batch = max(1, options.batch * options.frames // frames)
+    videos, labels = data.draw(digits, batch, random, frames=frames, size=options.size)
     labels = labels.masked_fill(
         torch.rand(batch, 1, generator=random, device=device) < 0.1, data.DROPPED
     )
     length = 2 + step % 3
     uniform = torch.randn(batch, generator=random, device=device).sigmoid()
-    shift = SHIFT * math.sqrt(frames / data.FRAMES)
+    shift = options.shift * math.sqrt(frames / options.frames)
     sigma = shift * uniform / (1 + (shift - 1) * uniform)
     noise = torch.randn(videos.shape, generator=random, device=device)
     noised = torch.lerp(videos, noise, sigma.view(-1, 1, 1, 1, 1))
@@ -195,6 +198,16 @@ def new_transformer(seed: int) -> nn.Module:
             nn.init.zeros_(module.bias)
     nn.init.zeros_(model.condition_embedder.time_proj.weight)  # type: ignore[union-attr,arg-type]
     nn.init.zeros_(model.proj_out.weight)  # type: ignore[union-attr,arg-type]
+    return model
+
+
+def old_transformer(folder: str) -> nn.Module:
+    """A trained transformer to go on from, float32."""
+    from diffusers import WanTransformer3DModel
+
+    model: nn.Module = cast(Any, WanTransformer3DModel).from_pretrained(
+        folder, torch_dtype=torch.float32
+    )
     return model
 
 
@@ -244,14 +257,16 @@ def train_classifier(options: argparse.Namespace) -> None:
     """Train the judge on real videos of all training handwriting; measure it on both splits."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
-    model = DigitReader().to(device).train()
+    model = DigitReader(options.size).to(device).train()
+    if options.start:
+        model.features.load_state_dict(load_reader(Path(options.start)).features.state_dict())
     digits = data.handwriting("train").to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, options.steps)
     random = torch.Generator(device).manual_seed(options.seed)
     for step in range(options.steps):
         varied = data.Handwriting(vary(digits.images, random), digits.labels)
-        videos, labels = data.draw(varied, 64, random, frames=2)
+        videos, labels = data.draw(varied, 64, random, frames=2, size=options.size)
         videos = videos + 0.1 * torch.rand(64, 1, 1, 1, 1, generator=random, device=device) * (
             torch.randn(videos.shape, generator=random, device=device)
         )
@@ -292,6 +307,7 @@ def parse() -> argparse.Namespace:
         "--threads", type=int, default=0, help="CPU threads (default: torch's choice)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=data.SIZE, help="height and width of a frame")
     jobs = parser.add_subparsers(dest="job", required=True)
     job = jobs.add_parser("transformer", help="train, or resume training, the video transformer")
     job.add_argument("--run", required=True, help="folder of the checkpoint and the log")
@@ -307,6 +323,9 @@ def parse() -> argparse.Namespace:
     )
     job.add_argument("--lr", type=float, default=1e-3)
     job.add_argument("--matrix-lr", type=float, default=3.0, help="Muon's rate, in units of --lr")
+    job.add_argument("--shift", type=float, default=SHIFT, help="of the noise of whole videos")
+    job.add_argument("--frames", type=int, default=data.FRAMES, help="of a whole video")
+    job.add_argument("--start", default="", help="folder of a trained transformer to go on from")
     job.add_argument("--average", type=float, default=0.995, help="decay of the averaged weights")
     job.add_argument("--save-minutes", type=float, default=3.0)
     job.set_defaults(work=train_transformer)
@@ -316,6 +335,7 @@ def parse() -> argparse.Namespace:
     job.set_defaults(work=export)
     job = jobs.add_parser("classifier", help="train the judge that reads both digits")
     job.add_argument("--steps", type=int, default=2500)
+    job.add_argument("--start", default="", help="file of a trained judge whose features it has")
     job.add_argument("--out", default=str(HERE / "classifier.safetensors"))
     job.set_defaults(work=train_classifier)
     return parser.parse_args()
