@@ -46,6 +46,7 @@ ABLATIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "composed": {
         "search": ("smooth{search=20,learn=true}", "smooth{alpha=0.5,learn=true}"),
+        "rotation": ("rotate{learn=true}", "rotate{block=full}"),
         "range": ("quant{weight_range=mse,clip=learned}", "quant{clip=learned}"),
         "gptq": (",gptq", ""),
     },
