@@ -12,6 +12,7 @@ x, y         float[..., K]
 gate         None, float            broadcasts to x: ``[B, 1, K]``, or one row a token
 down         None, float[K, R]      down-projection of a low-rank branch, R <= 32
 bits         2 ... 8                packed: at most 4
+clip         None, one float        ends of every row's range are multiplied by it
 -> stream    dtype[..., K]          the sum in float32, rounded once to the dtype of x; the norm
                                     reads the rounded one, as does whatever comes later
 -> codes     i8[..., K]             as ``quantize_rows``; packed: u8[..., ceil(K / 2)], the layout
@@ -91,13 +92,16 @@ def fused_quantize(
     down: Tensor | None,
     bits: int,
     packed: bool,
+    post: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(codes, scale, row_sum, low): the truth; see the module's text."""
     steps = Prologue(
-        norm, norm_weight, norm_bias, eps, mod_scale, mod_shift, activation, smooth, signs, block
-    )
+        norm, norm_weight, norm_bias, eps, mod_scale, mod_shift, activation, smooth, signs, block,
+        post,
+    )  # fmt: skip
     value = prologue(x, steps)
-    codes, scale = quantize_rows(value, _qmax(bits, packed), False)
+    codes, scale = quantize_rows(value, _qmax(bits, packed), False, clip)
     return _stored(codes, packed), scale, _row_sum(codes), _low(value, down, x.dtype)
 
 
@@ -116,14 +120,17 @@ def fused_quantize_asym(
     down: Tensor | None,
     bits: int,
     packed: bool,
+    post: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(codes, scale, zero, row_sum, low): the truth; see the module's text."""
     steps = Prologue(
-        norm, norm_weight, norm_bias, eps, mod_scale, mod_shift, activation, smooth, signs, block
-    )
+        norm, norm_weight, norm_bias, eps, mod_scale, mod_shift, activation, smooth, signs, block,
+        post,
+    )  # fmt: skip
     _qmax(bits, packed)
     value = prologue(x, steps)
-    codes, scale, zero = quantize_rows_asym(value, bits, False)
+    codes, scale, zero = quantize_rows_asym(value, bits, False, clip)
     return _stored(codes, packed), scale, zero, _row_sum(codes), _low(value, down, x.dtype)
 
 
@@ -144,12 +151,14 @@ def residual_quantize(
     down: Tensor | None,
     bits: int,
     packed: bool,
+    post: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(stream, codes, scale, row_sum, low): the truth; see the module's text."""
     stream = gated_residual(x, y, gate)
     return stream, *fused_quantize(
         stream, norm, norm_weight, norm_bias, eps, mod_scale, mod_shift, activation, smooth,
-        signs, block, down, bits, packed,
+        signs, block, down, bits, packed, post, clip,
     )  # fmt: skip
 
 
@@ -170,12 +179,14 @@ def residual_quantize_asym(
     down: Tensor | None,
     bits: int,
     packed: bool,
+    post: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(stream, codes, scale, zero, row_sum, low): the truth; see the module's text."""
     stream = gated_residual(x, y, gate)
     return stream, *fused_quantize_asym(
         stream, norm, norm_weight, norm_bias, eps, mod_scale, mod_shift, activation, smooth,
-        signs, block, down, bits, packed,
+        signs, block, down, bits, packed, post, clip,
     )  # fmt: skip
 
 
@@ -207,11 +218,12 @@ def _low(value: Tensor, down: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 # The functions below take the arguments of the ops by position: [y, gate,] then the steps, down,
-# bits, packed.
+# bits, packed; post and clip are left out where they are None.
+_STEPS = 10
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    down, packed = rest[-3], rest[-1]
+    down, _, packed = rest[_STEPS : _STEPS + 3]
     lead, width = x.shape[:-1], x.shape[-1]
     scale = torch.float64 if x.dtype == torch.float64 else torch.float32
     if packed:
@@ -232,11 +244,11 @@ def _fake_asym(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 
 def _fake_residual(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), *_fake(x, *rest)
+    return x.new_empty(x.shape), *_fake(x, *rest[2:])
 
 
 def _fake_residual_asym(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), *_fake_asym(x, *rest)
+    return x.new_empty(x.shape), *_fake_asym(x, *rest[2:])
 
 
 def _cuda(reference: Callable[..., Any], residual: bool, asymmetric: bool) -> Callable[..., Any]:
@@ -247,11 +259,12 @@ def _cuda(reference: Callable[..., Any], residual: bool, asymmetric: bool) -> Ca
         from vdqc.kernels.gpu.quantize import quantise_rows
 
         y, gate, *rest = rest if residual else (None, None, *rest)  # type: ignore[assignment]
-        *steps, down, bits, packed = rest
+        steps, (down, bits, packed, *more) = rest[:_STEPS], rest[_STEPS:]
+        post, clip = [*more, None, None][:2]
         if down is not None and not 0 < down.shape[1] <= RANK_LIMIT:
             raise InputError(f"down: expected a rank of 1 to {RANK_LIMIT}, got {down.shape[1]}")
-        form = Form(_qmax(bits, packed), bits, asymmetric, packed, True, down)
-        found = quantise_rows(x, Prologue(*steps), form, y, gate)
+        form = Form(_qmax(bits, packed), bits, asymmetric, packed, True, down, clip)
+        found = quantise_rows(x, Prologue(*[*steps, post]), form, y, gate)
         low = x.new_empty((*x.shape[:-1], 0)) if found.low is None else found.low
         results = (found.stream, found.codes, found.scale, found.zero, found.sums, low)
         return tuple(result for result in results if result is not None)

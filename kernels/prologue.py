@@ -5,14 +5,15 @@ Along the last axis, in this order, each step optional::
     n = norm(x) * norm_weight + norm_bias        "layer", "rms" or "none"
     m = n * (1 + mod_scale) + mod_shift          adaLN: [B, 1, K] or one row a token
     a = activation(m)                            "gelu_tanh", "silu" or "none"
-    v = (a * smooth * signs) H                   H: Hadamard blocks of order ``block``
+    v = (a * smooth * signs) H * post            H: Hadamard blocks of order ``block``
 
 Everything is float32 inside (float64 for a float64 input) and is rounded once, by the quantiser: a
 graph of separate ops rounds to bfloat16 after each, so it differs by one more drawing of rounding.
 
 Error: norms sum in an order of their own: relative 1e-6; else IEEE float32, op for op.
 Source: Peebles and Xie, DiT, arXiv 2212.09748, section 3.2 (adaLN); Xiao et al., SmoothQuant, arXiv
-2211.10438, eq. 3; Ashkboos et al., QuaRot, arXiv 2404.00456, section 4.
+2211.10438, eq. 3; Ashkboos et al., QuaRot, arXiv 2404.00456, section 4; Feng et al., QuantVGGT,
+arXiv 2509.21302, section 3.2 (a scale behind the rotation).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Prologue:
     Attributes:
         mod_scale, mod_shift: ``[..., K]`` with the leading axes of x, or 1 in place of any.
         signs: float[K] of +1 and -1; given exactly where ``block`` is not 0.
+        post: float[K], only where ``block`` is not 0; elsewhere ``smooth`` is the same.
     """
 
     norm: str = "none"
@@ -51,6 +53,7 @@ class Prologue:
     smooth: Tensor | None = None
     signs: Tensor | None = None
     block: int = 0
+    post: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -63,6 +66,8 @@ class Prologue:
                 f"expected signs together with a block, got block {self.block} and "
                 f"{'no ' if self.signs is None else ''}signs"
             )
+        if self.post is not None and self.signs is None:
+            raise InputError("expected post together with a block; without one give smooth")
 
 
 def wide(x: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def prologue(x: Tensor, steps: Prologue) -> Tensor:
         value = value * wide(steps.smooth)
     if steps.signs is not None:
         value = hadamard.rotate(value, steps.signs, steps.block)
-    return value
+    return value if steps.post is None else value * wide(steps.post)
 
 
 def normalised(value: Tensor, steps: Prologue) -> Tensor:

@@ -7,6 +7,8 @@ quantize_rows_asym  the same with ``zero_point i32[..., 1]``
 quantize_static     ``x[..., K], scale, zero_point -> codes i8[..., K]``
 =================== =======================================================================
 
+``clip``: what the ends of every range are multiplied by, one number; None covers them.
+
 Unsigned codes 0 ... 2^b - 1 are kept as signed ones, code - 2^(b-1), with the zero point moved
 along, so that one signed GEMM serves both. Scales are float32 (float64 for a float64 input).
 
@@ -31,10 +33,17 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def quantize_rows(x: Tensor, qmax: int, per_tensor: bool) -> tuple[Tensor, Tensor]:
-    """Symmetric: scale = max|x| / qmax, codes = round-half-even(x / scale)."""
+def _clipped(end: Tensor, clip: Tensor | None) -> Tensor:
+    return end if clip is None else end * _wide(clip).reshape(())
+
+
+def quantize_rows(
+    x: Tensor, qmax: int, per_tensor: bool, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Symmetric: scale = clip max|x| / qmax, codes = round-half-even(x / scale)."""
     wide = _wide(x)
     top = wide.abs().amax() if per_tensor else wide.abs().amax(-1, keepdim=True)
+    top = _clipped(top, clip)
     scale = (top / qmax).clamp_min(MIN_SCALE)
     if per_tensor:
         scale = scale.reshape([1] * x.ndim)
@@ -42,27 +51,34 @@ def quantize_rows(x: Tensor, qmax: int, per_tensor: bool) -> tuple[Tensor, Tenso
     return torch.where(scale.isfinite(), codes, 0.0).to(torch.int8), scale
 
 
-def _symmetric_cuda(x: Tensor, qmax: int, per_tensor: bool) -> tuple[Tensor, Tensor]:
+def _symmetric_cuda(
+    x: Tensor, qmax: int, per_tensor: bool, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
-        return quantize_rows(x, qmax, per_tensor)
+        return quantize_rows(x, qmax, per_tensor, clip)
     from vdqc.kernels.gpu.quantize import symmetric
 
-    return symmetric(x, qmax, per_tensor)
+    return symmetric(x, qmax, per_tensor, clip)
 
 
-def _fake_rows(x: Tensor, qmax: int, per_tensor: bool) -> tuple[Tensor, Tensor]:
+def _fake_rows(
+    x: Tensor, qmax: int, per_tensor: bool, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return _codes_like(x), _scale_like(x, per_tensor)
 
 
-def quantize_rows_asym(x: Tensor, bits: int, per_tensor: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric over [min(x, 0), max(x, 0)]; codes and zero point are shifted by -2^(bits - 1)."""
+def quantize_rows_asym(
+    x: Tensor, bits: int, per_tensor: bool, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric over [min(x, 0), max(x, 0)] clip; codes and zero point are shifted by
+    -2^(bits - 1).
+    """
     wide, qmax, half = _wide(x), 2**bits - 1, 2 ** (bits - 1)
     if per_tensor:
-        low = wide.amin().reshape([1] * x.ndim).clamp_max(0)
-        high = wide.amax().reshape([1] * x.ndim).clamp_min(0)
+        low, high = (end.reshape([1] * x.ndim) for end in (wide.amin(), wide.amax()))
     else:
-        low = wide.amin(-1, keepdim=True).clamp_max(0)
-        high = wide.amax(-1, keepdim=True).clamp_min(0)
+        low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+    low, high = _clipped(low, clip).clamp_max(0), _clipped(high, clip).clamp_min(0)
     scale = ((high - low) / qmax).clamp_min(MIN_SCALE)
     zero_point = (-low / scale).round().clamp(0, qmax)
     codes = ((wide / scale).round() + zero_point).clamp(0, qmax) - half
@@ -71,15 +87,19 @@ def quantize_rows_asym(x: Tensor, bits: int, per_tensor: bool) -> tuple[Tensor, 
     return codes, scale, torch.where(finite, zero_point - half, 0.0).to(torch.int32)
 
 
-def _asymmetric_cuda(x: Tensor, bits: int, per_tensor: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _asymmetric_cuda(
+    x: Tensor, bits: int, per_tensor: bool, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64:
-        return quantize_rows_asym(x, bits, per_tensor)
+        return quantize_rows_asym(x, bits, per_tensor, clip)
     from vdqc.kernels.gpu.quantize import asymmetric
 
-    return asymmetric(x, bits, per_tensor)
+    return asymmetric(x, bits, per_tensor, clip)
 
 
-def _fake_rows_asym(x: Tensor, bits: int, per_tensor: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_rows_asym(
+    x: Tensor, bits: int, per_tensor: bool, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     scale = _scale_like(x, per_tensor)
     return _codes_like(x), scale, torch.empty_like(scale, dtype=torch.int32)
 

@@ -9,9 +9,9 @@
     %n = aten.layer_norm(%x, [K], None, None, eps)
     %m = aten.add(aten.mul(%n, aten.add(%scale, 1)), %shift)
     %r = vdqc_kernels.rotation(%m, @signs, 128, False)
-    %q = vdqc_kernels.quantize_rows(%r, 127, False)
+    %q = vdqc_kernels.quantize_rows(aten.mul(%r, @post), 127, False, @clip)
         ->  fused_quantize(%x, 'layer', None, None, eps, %scale, %shift, 'none', None, @signs, 128,
-                           None, 8, False)
+                           None, 8, False, @post, @clip)
 
     %s = aten.add(%x, aten.mul(%y, %gate))            what no linear took in; later blocks read %s
     %q = fused_quantize(%s, ...)
@@ -126,10 +126,11 @@ class _Steps:
     smooth: fx.Node | None = None
     signs: fx.Node | None = None
     block: int = 0
+    post: fx.Node | None = None
 
 
 def _fuse_prologue(graph: Graph, quantiser: fx.Node) -> bool:
-    x, limit, per_tensor = _operands(quantiser, 3)
+    x, limit, per_tensor, clip = _operands(quantiser, 4)
     if per_tensor:
         return False
     steps = _Steps(_before_private_casts(x))
@@ -143,7 +144,7 @@ def _fuse_prologue(graph: Graph, quantiser: fx.Node) -> bool:
     bits = limit.bit_length() + 1 if symmetric else limit
     args = (steps.norm, steps.norm_weight, steps.norm_bias, steps.eps, steps.mod_scale,
             steps.mod_shift, steps.activation, steps.smooth, steps.signs, steps.block,
-            None, bits, False)  # fmt: skip
+            None, bits, False, *_given(steps.post, clip))  # fmt: skip
     total = _residual(graph, steps.x, quantiser)
     if total is None:
         op = FUSED_QUANTIZE.op if symmetric else FUSED_QUANTIZE_ASYM.op
@@ -161,6 +162,13 @@ def _fuse_prologue(graph: Graph, quantiser: fx.Node) -> bool:
     _give_row_sums(graph, fused, first, first + (2 if symmetric else 3))
     _drop_dead(graph)
     return True
+
+
+def _given(*values: Any) -> list[Any]:
+    """``values`` up to the last that is not None, which is what the others default to."""
+    while values and values[-1] is None:
+        values = values[:-1]
+    return list(values)
 
 
 def _residual(
@@ -213,7 +221,8 @@ def _shared(node: fx.Node) -> bool:
 
 
 def _rotation(graph: Graph, steps: _Steps) -> _Steps:
-    node = steps.x
+    """A rotation, and a scale of its channels behind it."""
+    node, post = _scaled(steps.x)
     if (
         node.target is not ROTATION.op
         or len(node.users) != 1
@@ -221,17 +230,21 @@ def _rotation(graph: Graph, steps: _Steps) -> _Steps:
     ):
         return steps
     x, signs, block = _operands(node, 3)
-    return replace(steps, x=_before_private_casts(x), signs=signs, block=int(block))
+    return replace(steps, x=_before_private_casts(x), signs=signs, block=int(block), post=post)
 
 
 def _smoothing(graph: Graph, steps: _Steps) -> _Steps:
-    node = steps.x
-    if node.target is not A.mul.Tensor or len(node.users) != 1:
-        return steps
-    for value, factor in _both_ways(node):
-        if isinstance(value, fx.Node) and _is_channel_vector(factor):
-            return replace(steps, x=_before_private_casts(value), smooth=factor)
-    return steps
+    x, factor = _scaled(steps.x)
+    return steps if factor is None else replace(steps, x=x, smooth=factor)
+
+
+def _scaled(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """(value, channel vector) whose product ``node`` is; (``node``, None) if it is none."""
+    if node.target is A.mul.Tensor and len(node.users) == 1:
+        for value, factor in _both_ways(node):
+            if isinstance(value, fx.Node) and _is_channel_vector(factor):
+                return _before_private_casts(value), factor
+    return node, None
 
 
 def _is_channel_vector(value: Any) -> bool:

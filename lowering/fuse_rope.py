@@ -204,8 +204,8 @@ def _swaps_heads_and_tokens(node: fx.Node) -> bool:
 
 def _fuse_codes(graph: Graph, quantiser: fx.Node) -> bool:
     """Codes of 8 bits straight from the rotation, where nothing else needs its values."""
-    x, limit, per_tensor = quantiser.args
-    if limit != 127 or per_tensor or not isinstance(x, fx.Node):
+    x, limit, per_tensor, *clip = quantiser.args
+    if limit != 127 or per_tensor or clip or not isinstance(x, fx.Node):
         return False
     moved = x if x.target is TOKEN_ORDER.op and x.args[3] is None else None
     values: Any = x if moved is None else x.args[0]

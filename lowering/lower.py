@@ -66,7 +66,7 @@ from vdqc.lowering.rules import (
 )
 from vdqc.lowering.select import KernelChoice, attention_scale, choose
 from vdqc.lowering.sparse import emit_sparse, is_sparse
-from vdqc.lowering.spell import dynamic_range, spell_fake_quantize, spell_kronecker
+from vdqc.lowering.spell import spell_fake_quantize, spell_kronecker
 
 _aten = torch.ops.aten
 
@@ -301,45 +301,18 @@ class _Emitter:
     ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         graph, spec = self._graph, operand.spec
         assert spec is not None
-        if operand.scale is not None:
-            return self._clipped(operand, before)
         per_tensor = spec.granularity.kind is GranularityKind.TENSOR
         if spec.symmetric:
             op, limit = QUANTIZE_ROWS.op, spec.qmax
         else:
             op, limit = QUANTIZE_ROWS_ASYM.op, spec.dtype.bits
-        both = graph.call(op, operand.value, limit, per_tensor, before=before)
+        clip = () if operand.scale is None else (operand.scale,)
+        both = graph.call(op, operand.value, limit, per_tensor, *clip, before=before)
         parts = [
             graph.call(operator.getitem, both, index, before=before)
             for index in range(2 if spec.symmetric else 3)
         ]
         return parts[0], parts[1], None if spec.symmetric else parts[2]
-
-    def _clipped(
-        self, operand: Operand, before: fx.Node
-    ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-        """A dynamic range times a clip ratio: the scale in aten, then codes for a known scale."""
-        spec, clip = operand.spec, operand.scale
-        assert spec is not None
-        assert clip is not None
-
-        def call(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
-            return self._graph.call(op, *args, before=before, **kwargs)
-
-        value, rank = operand.value, len(operand.value.meta["val"].shape)
-        wide = value
-        if value.meta["val"].dtype != torch.float64:
-            wide = call(_aten._to_copy.default, value, dtype=torch.float32)
-        scale, zero = dynamic_range(call, wide, spec, clip)
-        if spec.granularity.kind is GranularityKind.TENSOR:
-            scale = call(_aten.reshape.default, scale, [1] * rank)
-            zero = None if zero is None else call(_aten.reshape.default, zero, [1] * rank)
-        half = 0 if spec.symmetric else 2 ** (spec.dtype.bits - 1)
-        if zero is not None:
-            zero = call(_aten.sub.Tensor, zero, half)
-            zero = call(_aten._to_copy.default, zero, dtype=torch.int32)
-        args = (value, scale, zero, spec.qmin - half, spec.qmax - half)
-        return call(QUANTIZE_STATIC.op, *args), scale, zero
 
     def _static(self, operand: Operand, before: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         graph, spec = self._graph, operand.spec

@@ -95,22 +95,30 @@ def row_scale(span, steps):
 
 
 @triton.jit
-def symmetric_scale(top, QMAX: tl.constexpr):
+def clipped(end, clip):
+    """``end`` of a range times the number at ``clip``, if there is one."""
+    if clip is not None:
+        end = end * tl.load(clip).to(tl.float32)
+    return end
+
+
+@triton.jit
+def symmetric_scale(top, clip, QMAX: tl.constexpr):
     """(scale, reciprocal, finite) from ``top`` = greatest ``magnitude``.
 
     Where the scale is not finite the codes are to be 0, whatever ``quotient`` gives.
     """
-    scale = row_scale(top.to(tl.float32, bitcast=True), QMAX * 1.0)
+    scale = row_scale(clipped(top.to(tl.float32, bitcast=True), clip), QMAX * 1.0)
     return scale, tl.div_rn(1.0, scale), scale < float("inf")
 
 
 @triton.jit
-def asymmetric_scale(low, high, BITS: tl.constexpr):
+def asymmetric_scale(low, high, clip, BITS: tl.constexpr):
     """(scale, reciprocal, finite, zero point) from the least and greatest ``ordered``.
 
     The zero point is that of unsigned codes, 0 where the scale is not finite.
     """
-    bottom, top = unordered(low), unordered(high)
+    bottom, top = clipped(unordered(low), clip), clipped(unordered(high), clip)
     bottom = tl.where(bottom > 0.0, 0.0, bottom)
     top = tl.where(top < 0.0, 0.0, top)
     scale = row_scale(top - bottom, (2**BITS - 1) * 1.0)
@@ -121,15 +129,23 @@ def asymmetric_scale(low, high, BITS: tl.constexpr):
 
 
 @triton.jit
-def symmetric_codes(x, scale, reciprocal, finite):
-    """int32 codes; none leaves the range, because the scale covers the row."""
-    return tl.where(finite, whole(quotient(x, scale, reciprocal)), 0)
+def within(x, clip, LIMIT: tl.constexpr):
+    """``x`` held between the whole numbers -LIMIT and LIMIT, where a range is clipped at all."""
+    if clip is not None:
+        x = tl.minimum(tl.maximum(x, -LIMIT * 1.0), LIMIT * 1.0)
+    return x
 
 
 @triton.jit
-def asymmetric_codes(x, scale, reciprocal, finite, zero, BITS: tl.constexpr):
+def symmetric_codes(x, scale, reciprocal, finite, clip, QMAX: tl.constexpr):
+    """int32 codes; none leaves the range, because the scale covers the row or holds them in it."""
+    return tl.where(finite, whole(within(quotient(x, scale, reciprocal), clip, QMAX)), 0)
+
+
+@triton.jit
+def asymmetric_codes(x, scale, reciprocal, finite, zero, clip, BITS: tl.constexpr):
     """int32 codes, shifted by half the range to be signed."""
-    codes = whole(quotient(x, scale, reciprocal)) + zero
+    codes = whole(within(quotient(x, scale, reciprocal), clip, 2**BITS)) + zero
     codes = tl.minimum(tl.maximum(codes, 0), 2**BITS - 1) - 2 ** (BITS - 1)
     return tl.where(finite, codes, 0)
 

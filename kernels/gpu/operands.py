@@ -34,6 +34,7 @@ class Form:
         packed: two codes in a byte, as ``vdqc.base.packing`` has them.
         sums: also the sum of each row's codes.
         down: ``[K, R]`` of a low-rank branch, or None.
+        clip: one number that the ends of a row's range are multiplied by, or None.
     """
 
     qmax: int
@@ -42,6 +43,7 @@ class Form:
     packed: bool = False
     sums: bool = True
     down: Tensor | None = None
+    clip: Tensor | None = None
 
 
 @final
@@ -79,8 +81,19 @@ def allocate(x: Tensor, form: Form, residual: bool) -> Quantised:
     )
 
 
-def arguments(x: Tensor, steps: Prologue, y: Tensor | None, gate: Tensor | None) -> dict[str, Any]:
-    """What both kernels take by these names; x is contiguous."""
+def clip_ratio(form: Form, x: Tensor) -> Tensor | None:
+    """What kernels multiply the ends of a range by: float[1], or None."""
+    if form.clip is None:
+        return None
+    if form.clip.numel() != 1:
+        raise InputError(f"clip: expected one number, got shape {list(form.clip.shape)}")
+    return operand("clip", form.clip.reshape(1), FLOATS, [1], x.device)
+
+
+def arguments(
+    x: Tensor, steps: Prologue, form: Form, y: Tensor | None, gate: Tensor | None
+) -> dict[str, Any]:
+    """What all kernels take by these names; x is contiguous."""
     width, device = x.shape[-1], x.device
     gates, gate_every, gate_stride = per_group("gate", gate, x)
     scale, scale_every, scale_stride = per_group("mod_scale", steps.mod_scale, x)
@@ -95,6 +108,7 @@ def arguments(x: Tensor, steps: Prologue, y: Tensor | None, gate: Tensor | None)
         "shift": shift,
         "smooth": parameter("smooth", steps.smooth, [width], device),
         "signs": parameter("signs", steps.signs, [None], device),
+        "post": parameter("post", steps.post, [width], device),
         "rows": x.numel() // width,
         "width": width,
         "gate_every": gate_every,
@@ -103,6 +117,7 @@ def arguments(x: Tensor, steps: Prologue, y: Tensor | None, gate: Tensor | None)
         "scale_stride": scale_stride,
         "shift_every": shift_every,
         "shift_stride": shift_stride,
+        "clip": clip_ratio(form, x),
         "eps": steps.eps,
         "NORM": steps.norm,
         "ACTIVATION": steps.activation,

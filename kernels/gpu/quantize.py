@@ -47,24 +47,33 @@ def _static(x, codes, scale, zero, width, chunks, qmin, qmax, per_row, BLOCK: tl
     tl.store(codes + at, (whole(value) + moved).to(tl.int8), mask=column < width)
 
 
-def symmetric(x: Tensor, qmax: int, per_tensor: bool) -> tuple[Tensor, Tensor]:
+def symmetric(
+    x: Tensor, qmax: int, per_tensor: bool, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``quantize_rows`` on a GPU."""
     if not per_tensor:
-        found = quantise_rows(x, Prologue(), Form(qmax, sums=False))
+        found = quantise_rows(x, Prologue(), Form(qmax, sums=False, clip=clip))
         return found.codes, found.scale
     ends = torch.stack(torch.aminmax(x)).float()
     top = ends.abs().amax().reshape([1] * x.ndim)
+    if clip is not None:
+        top = top * clip.float().reshape(())
     scale = _over(top, qmax).clamp_min(MIN_SCALE)
     return static(x, scale, None, -qmax, qmax), scale
 
 
-def asymmetric(x: Tensor, bits: int, per_tensor: bool) -> tuple[Tensor, Tensor, Tensor]:
+def asymmetric(
+    x: Tensor, bits: int, per_tensor: bool, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """``quantize_rows_asym`` on a GPU."""
     if not per_tensor:
-        found = quantise_rows(x, Prologue(), Form(0, bits, asymmetric=True, sums=False))
+        form = Form(0, bits, asymmetric=True, sums=False, clip=clip)
+        found = quantise_rows(x, Prologue(), form)
         assert found.zero is not None
         return found.codes, found.scale, found.zero
     ends = [end.float().reshape([1] * x.ndim) for end in torch.aminmax(x)]
+    if clip is not None:
+        ends = [end * clip.float().reshape(()) for end in ends]
     low, high = ends[0].clamp_max(0), ends[1].clamp_min(0)
     half, qmax = 2 ** (bits - 1), 2**bits - 1
     scale = _over(high - low, qmax).clamp_min(MIN_SCALE)

@@ -27,6 +27,7 @@ from vdqc.kernels.gpu.device import (
     quotient,
     symmetric_scale,
     whole,
+    within,
 )
 from vdqc.kernels.gpu.operands import Form, Quantised, allocate, arguments
 from vdqc.kernels.gpu.runtime import on_device
@@ -50,7 +51,7 @@ def _columns(piece: tl.constexpr, part, PIECES: tl.constexpr, B: tl.constexpr, W
 
 @triton.jit
 def _line(  # noqa: C901 - decided at compilation
-    x, y, gate, streamed, weight, bias, scale, shift, smooth, signs,
+    x, y, gate, streamed, weight, bias, scale, shift, smooth, signs, post, clip,
     codes, scales, zeros, sums,
     rows, width, part,
     gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride, eps,
@@ -59,6 +60,7 @@ def _line(  # noqa: C901 - decided at compilation
 ):  # fmt: skip
     COUNT: tl.constexpr = 2 * PIECES if PACKED else PIECES
     EXACT: tl.constexpr = NORM == "none" and ACTIVATION == "none"
+    LIMIT: tl.constexpr = 2**BITS if zeros is not None else QMAX
     index = tl.program_id(0)
     row = index.to(tl.int64)
     base = row * width
@@ -112,10 +114,10 @@ def _line(  # noqa: C901 - decided at compilation
 
     zero = 0
     if zeros is not None:
-        step, inverse, finite, zero = asymmetric_scale(tl.min(least), tl.max(most), BITS)
+        step, inverse, finite, zero = asymmetric_scale(tl.min(least), tl.max(most), clip, BITS)
         tl.store(zeros + row, tl.where(finite, zero - 2 ** (BITS - 1), 0))
     else:
-        step, inverse, finite = symmetric_scale(tl.max(most), QMAX)
+        step, inverse, finite = symmetric_scale(tl.max(most), clip, QMAX)
     tl.store(scales + row, step)
     count = tl.zeros((B,), tl.int32)
     for piece in tl.static_range(PIECES):
@@ -123,7 +125,12 @@ def _line(  # noqa: C901 - decided at compilation
         packed = tl.zeros((B,), tl.int32)
         for half in tl.static_range(COUNT // PIECES):
             value = done[piece + half * PIECES]
-            code = whole(quotient(value, step, inverse)) if EXACT else nearest(value, inverse)
+            if EXACT:
+                code = whole(within(quotient(value, step, inverse), clip, LIMIT))
+            elif clip is not None:
+                code = whole(within(value * inverse, clip, LIMIT))
+            else:
+                code = nearest(value, inverse)
             if zeros is not None:
                 code = tl.minimum(tl.maximum(code + zero, 0), 2**BITS - 1) - 2 ** (BITS - 1)
                 code = tl.where(known, code, 0)
@@ -165,7 +172,7 @@ def launch_line(
 ) -> Quantised:
     """The codes of rows that ``takes_line`` takes."""
     width = x.shape[-1]
-    given = arguments(x, steps, y, gate)
+    given = arguments(x, steps, form, y, gate)
     result = allocate(x, form, y is not None)
     if given["rows"]:
         with on_device(x):

@@ -40,7 +40,7 @@ ORDER_LIMIT = 128
 
 @triton.jit
 def _row(  # noqa: C901 - decided at compilation
-    x, y, gate, streamed, weight, bias, scale, shift, smooth, signs, left, right,
+    x, y, gate, streamed, weight, bias, scale, shift, smooth, signs, post, clip, left, right,
     out, codes, scales, zeros, sums,
     rows, width, part, sign_rows,
     gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
@@ -100,6 +100,8 @@ def _row(  # noqa: C901 - decided at compilation
             value = exact_dot_left(left_matrix, value, TERMS)
         if right is not None:
             value = value * root
+        if post is not None:
+            value = value * tl.load(post + column, mask=known, other=0.0).to(tl.float32)
         if out is not None:
             if SIGNS_LAST:
                 value = value * tl.load(signs + sign_base + column, mask=known, other=0.0).to(
@@ -109,12 +111,12 @@ def _row(  # noqa: C901 - decided at compilation
         else:
             if zeros is not None:
                 low, high = tl.min(ordered(value)), tl.max(ordered(value))
-                step, inverse, finite, zero = asymmetric_scale(low, high, BITS)
-                code = asymmetric_codes(value, step, inverse, finite, zero, BITS)
+                step, inverse, finite, zero = asymmetric_scale(low, high, clip, BITS)
+                code = asymmetric_codes(value, step, inverse, finite, zero, clip, BITS)
                 tl.store(zeros + row, tl.where(finite, zero - 2 ** (BITS - 1), 0))
             else:
-                step, inverse, finite = symmetric_scale(tl.max(magnitude(value)), QMAX)
-                code = symmetric_codes(value, step, inverse, finite)
+                step, inverse, finite = symmetric_scale(tl.max(magnitude(value)), clip, QMAX)
+                code = symmetric_codes(value, step, inverse, finite, clip, QMAX)
             tl.store(scales + row, step)
             if sums is not None:
                 tl.store(sums + row, tl.sum(tl.where(known, code, 0)))
@@ -176,7 +178,7 @@ def launch_row(
         assert pair is not None
         right = hadamard_matrix(pair[1], x.device, inverse)
         left = hadamard_matrix(pair[0], x.device, inverse) if pair[0] > 1 else None
-    given = arguments(x, steps, y, gate)
+    given = arguments(x, steps, form, y, gate)
     signs = given["signs"]
     result = allocate(x if out is None else x[:0], form, False)
     stream = None if y is None else torch.empty_like(x)

@@ -47,7 +47,7 @@ RANK_LIMIT = 32
 
 @triton.jit
 def _values(
-    x, y, gate, weight, bias, scale, shift, smooth, signs, matrix,
+    x, y, gate, weight, bias, scale, shift, smooth, signs, post, matrix,
     mean, rstd, start, limit, index, live, width, order, root,
     gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, TERMS: tl.constexpr, B: tl.constexpr,
@@ -71,12 +71,14 @@ def _values(
     value = activate(value, smooth, signs, column, 0, known, real, ACTIVATION)
     if matrix is not None:
         value = exact_dot(value, matrix, TERMS) * root
+        if post is not None:
+            value = value * tl.load(post + column, mask=known, other=0.0).to(tl.float32)
     return value, column, real
 
 
 @triton.jit
 def _steps(  # noqa: C901 - decided at compilation
-    x, y, gate, streamed, weight, bias, scale, shift, smooth, signs, right, down,
+    x, y, gate, streamed, weight, bias, scale, shift, smooth, signs, post, clip, right, down,
     codes, scales, zeros, sums, low,
     rows, width, part, rank,
     gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
@@ -126,7 +128,7 @@ def _steps(  # noqa: C901 - decided at compilation
         branch = tl.zeros((ROWS, R), tl.float32)
     for start in range(0, width, ORDER):
         value, column, real = _values(
-            x, y, gate, weight, bias, scale, shift, smooth, signs, matrix,
+            x, y, gate, weight, bias, scale, shift, smooth, signs, post, matrix,
             mean, rstd, start, width, index, live, width, ORDER, root,
             gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
             NORM, ACTIVATION, TERMS, B,
@@ -153,10 +155,10 @@ def _steps(  # noqa: C901 - decided at compilation
     # third walk: the codes
     zero = least
     if zeros is not None:
-        step, inverse, finite, zero = asymmetric_scale(least, most, BITS)
+        step, inverse, finite, zero = asymmetric_scale(least, most, clip, BITS)
         tl.store(zeros + row, tl.where(finite, zero - 2 ** (BITS - 1), 0), mask=live)
     else:
-        step, inverse, finite = symmetric_scale(most, QMAX)
+        step, inverse, finite = symmetric_scale(most, clip, QMAX)
     tl.store(scales + row, step, mask=live)
     total = tl.zeros((ROWS, 1), tl.int32)
     SPLIT: tl.constexpr = 2 if PACKED else 1
@@ -164,15 +166,15 @@ def _steps(  # noqa: C901 - decided at compilation
         packed = tl.zeros((ROWS, B), tl.int32)
         for half in tl.static_range(SPLIT):
             value, column, real = _values(
-                x, y, gate, weight, bias, scale, shift, smooth, signs, matrix,
+                x, y, gate, weight, bias, scale, shift, smooth, signs, post, matrix,
                 mean, rstd, start + half * part, (half + 1) * part, index, live, width, ORDER, root,
                 gate_every, gate_stride, scale_every, scale_stride, shift_every, shift_stride,
                 NORM, ACTIVATION, TERMS, B,
             )  # fmt: skip
             if zeros is not None:
-                code = asymmetric_codes(value, step, inverse, finite, zero, BITS)
+                code = asymmetric_codes(value, step, inverse, finite, zero, clip, BITS)
             else:
-                code = symmetric_codes(value, step, inverse, finite)
+                code = symmetric_codes(value, step, inverse, finite, clip, QMAX)
             if sums is not None:
                 total += tl.sum(tl.where(real, code, 0), 1, keep_dims=True)
             if PACKED:
@@ -205,7 +207,7 @@ def launch_steps(
     if down is not None:
         down = operand("down", down, FLOATS, (width, None), x.device)
         rank = down.shape[1]
-    given = arguments(x, steps, y, gate)
+    given = arguments(x, steps, form, y, gate)
     if not given["rows"]:
         return result
     tile = step_tile(width, steps.block, rank, form.packed)

@@ -20,6 +20,8 @@ from vdqc.kernels.gpu.variants import Variant
 _ADALN = {"norm": "layer", "scale": "*fp32", "shift": "*fp32"}
 _RESIDUAL = {**_ADALN, "y": "*bf16", "gate": "*fp32", "streamed": "*bf16"}
 _GELU = {"activation": "gelu_tanh", "smooth": "*fp32"}
+#: Behind a rotation: a scale of its channels, and a clipped range.
+_BEHIND = {**_ADALN, "post": "*fp32", "clip": "*fp32"}
 _INT8, _INT4 = Form(127), Form(0, 4, asymmetric=True, packed=True)
 
 
@@ -111,6 +113,8 @@ VARIANTS = [
     _by_line("packed", 12288, _INT4, _GELU),
     *(_by_row("h128", width, _INT8, _ADALN, 128) for width in (1536, 3072, 5120)),
     _by_row("h128", 12288, _INT8, _GELU, 128),
+    _by_row("h128-scaled", 5120, _INT8, _BEHIND, 128),
+    _by_row("kronecker-scaled", 5120, replace(_INT8, qmax=7), _BEHIND, 5120),
     _by_row("packed-h128", 3072, _INT4, _ADALN, 128),
     *(_by_row("kronecker", width, _INT8, _ADALN, width) for width in (3072, 5120)),
     # Triton 3.6 spills 16 values on sm89
@@ -120,6 +124,7 @@ VARIANTS = [
     _by_steps("rank32", 3072, _INT8, _ADALN, 0, 32),
     _by_steps("rank32", 12288, _INT8, _GELU, 0, 32),
     _by_steps("rank32-h128", 3072, _INT8, _RESIDUAL, 128, 32),
+    _by_steps("rank32-h128-scaled", 3072, _INT8, {**_RESIDUAL, **_BEHIND}, 128, 32),
     _by_steps("packed-rank32-h128", 12288, _INT4, _GELU, 128, 32),
     _by_steps("long", 27648, _INT8, _GELU),
     _variant(

@@ -132,10 +132,10 @@ def _rope(  # noqa: C901 - decided at compilation
             to = row * tokens + token
             if CODES:
                 top = tl.maximum(magnitude(one), magnitude(other))
-                step, inverse, finite = symmetric_scale(tl.max(top, 1, keep_dims=True), 127)
+                step, inverse, finite = symmetric_scale(tl.max(top, 1, keep_dims=True), None, 127)
                 tl.store(scales + to, step, mask=live)
-                one = symmetric_codes(one, step, inverse, finite)
-                other = symmetric_codes(other, step, inverse, finite)
+                one = symmetric_codes(one, step, inverse, finite, None, 127)
+                other = symmetric_codes(other, step, inverse, finite, None, 127)
             _put(out, to * (2 * HALF), live, one, other, HALF, TOKENS, P, INTERLEAVED)
 
 

@@ -29,6 +29,7 @@ BF16 = torch.bfloat16
 
 def steps(**given: Any) -> tuple[Any, ...]:
     """The arguments of the prologue, by position."""
+    given.pop("post", None)  # comes after the form of the codes
     s = Prologue(**given)
     return (
         s.norm, s.norm_weight, s.norm_bias, s.eps, s.mod_scale, s.mod_shift, s.activation,
@@ -47,6 +48,7 @@ def everything(width: int, block: int) -> dict[str, Any]:
         "smooth": torch.rand(width) + 0.5,
         "signs": hadamard.random_signs(width, 0),
         "block": block,
+        "post": torch.rand(width) + 0.5,
     }
 
 
@@ -57,7 +59,7 @@ def test_the_steps_are_those_of_a_block_in_their_order() -> None:
     )
     value = value * (1 + given["mod_scale"]) + given["mod_shift"]
     value = functional.gelu(value, approximate="tanh") * given["smooth"]
-    value = hadamard.rotate(value, given["signs"], 12)
+    value = hadamard.rotate(value, given["signs"], 12) * given["post"]
     assert (
         relative_error(prologue(x, Prologue(**given)), value) < 1e-5
     )  # eps: 1e-6 here, 1e-5 there
@@ -68,16 +70,18 @@ def test_the_steps_are_those_of_a_block_in_their_order() -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_scale_and_sums(bits: int) -> None:
-    x, given = torch.randn(2, 5, 96).to(BF16), everything(96, 96)
+    x, given, clip = torch.randn(2, 5, 96).to(BF16), everything(96, 96), torch.tensor(0.7)
     value = prologue(x, Prologue(**given))
-    codes, scale, sums, low = K.fused_quantize(x, *steps(**given), None, bits, False)
-    expected = quantize_rows(value, 2 ** (bits - 1) - 1, False)
+    form = (None, bits, False, given["post"], clip)
+    codes, scale, sums, low = K.fused_quantize(x, *steps(**given), *form)
+    expected = quantize_rows(value, 2 ** (bits - 1) - 1, False, clip)
     assert torch.equal(codes, expected[0])
     assert torch.equal(scale, expected[1])
     assert torch.equal(sums, codes.sum(-1, keepdim=True).int())
     assert low.shape == (2, 5, 0)
-    found = K.fused_quantize_asym(x, *steps(**given), None, bits, False)
-    for one, other in zip(found, (*quantize_rows_asym(value, bits, False), None), strict=False):
+    found = K.fused_quantize_asym(x, *steps(**given), *form)
+    expected = (*quantize_rows_asym(value, bits, False, clip), None)
+    for one, other in zip(found, expected, strict=False):
         assert other is None or torch.equal(one, other)
     assert torch.equal(found[3], found[0].sum(-1, keepdim=True).int())
 
@@ -112,7 +116,9 @@ def test_a_linear_takes_what_comes_out() -> None:
     x, w, down = torch.randn(2, 5, 96), torch.randn(24, 96), torch.randn(96, 8)
     weight, scale = quantize_rows(w, 127, False)
     given = everything(96, 12)
-    codes, s, zero, sums, low = K.fused_quantize_asym(x, *steps(**given), down, 8, False)
+    codes, s, zero, sums, low = K.fused_quantize_asym(
+        x, *steps(**given), down, 8, False, given["post"]
+    )
     found = int8_linear(
         codes, s, zero, weight, scale.flatten(), None, weight.sum(-1).int(), None, torch.float32
     )
@@ -149,10 +155,13 @@ def test_no_rows() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("down", [False, True])
-def test_opcheck(packed: bool, down: bool) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_opcheck(packed: bool, down: bool, scaled: bool) -> None:
     x, y, gate = torch.randn(2, 5, 16).to(BF16), torch.randn(2, 5, 16).to(BF16), torch.randn(16)
     given = everything(16, 16) | {"mod_shift": torch.randn(2, 5, 16)}
     rest = (*steps(**given), torch.randn(16, 3) if down else None, 4, packed)
+    if scaled:
+        rest = (*rest, torch.rand(16), torch.tensor(0.9))
     checks = ("test_schema", "test_faketensor")
     for kernel in (FUSED_QUANTIZE, FUSED_QUANTIZE_ASYM):
         torch.library.opcheck(kernel.op, (x, *rest), test_utils=checks)
@@ -181,6 +190,8 @@ def test_refusals() -> None:
         Prologue("group")
     with pytest.raises(InputError, match="signs together with a block"):
         Prologue(block=4)
+    with pytest.raises(InputError, match="post together with a block"):
+        Prologue(post=torch.ones(16))
 
 
 def test_supports_and_cost() -> None:

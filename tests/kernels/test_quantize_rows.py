@@ -55,6 +55,28 @@ def test_asymmetric_codes_are_shifted_by_half_the_range(
     assert torch.equal(moved.flatten() + half, zero.flatten().int())
 
 
+@pytest.mark.parametrize(
+    "text", ["int4/token", "int8/tensor", "int4/token/asym", "int3/tensor/asym"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_clip_narrows_the_range_and_holds_codes_in_it(text: str, dtype: torch.dtype) -> None:
+    spec, x = QuantSpec.parse(f"{text}/dynamic"), sample((5, 80), dtype)
+    clip = torch.tensor(0.3)
+    low, high = (end * clip for end in value_range(x.float(), spec))
+    scale, zero = scale_from_range(low, high, spec)
+    kernel, limit = (
+        (QUANTIZE_ROWS, spec.qmax) if spec.symmetric else (QUANTIZE_ROWS_ASYM, spec.dtype.bits)
+    )
+    codes, found, *moved = kernel.op(x, limit, "tensor" in text, clip)
+    half = 0 if spec.symmetric else 2 ** (spec.dtype.bits - 1)
+    expected = quantize(x, scale, zero, spec)
+    assert torch.equal(codes.int() + half, expected.int())
+    assert torch.equal(found.flatten(), scale.flatten())
+    assert int(expected.max()) == spec.qmax
+    if zero is not None:
+        assert torch.equal(moved[0].flatten() + half, zero.flatten().int())
+
+
 def test_static_codes() -> None:
     x, scale = sample((4, 33), torch.bfloat16), torch.tensor(0.05)
     codes = torch.ops.vdqc_kernels.quantize_static(x, scale, None, -127, 127)
@@ -73,6 +95,8 @@ def test_opcheck() -> None:
         (QUANTIZE_ROWS, (x, 127, False)),
         (QUANTIZE_ROWS, (x, 7, True)),
         (QUANTIZE_ROWS_ASYM, (x, 4, False)),
+        (QUANTIZE_ROWS, (x, 7, False, torch.tensor(0.9))),
+        (QUANTIZE_ROWS_ASYM, (x, 4, True, torch.tensor(0.9))),
         (QUANTIZE_STATIC, (x, torch.tensor(0.1), None, -127, 127)),
     ):
         torch.library.opcheck(kernel.op, args, test_utils=("test_schema", "test_faketensor"))

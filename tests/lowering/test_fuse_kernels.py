@@ -11,11 +11,12 @@ from vdqc.base.diagnostics import Diagnostics
 from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.base.target import TARGETS
 from vdqc.engine.pass_manager import Context, PassManager
+from vdqc.engine.recipe import parse_rule
 from vdqc.ir.graph import Graph
 from vdqc.ir.sample import Sample
 from vdqc.lowering.lower import lower
 from vdqc.passes.annotate import Annotate
-from vdqc.passes.quant import Quant
+from vdqc.passes.quant import Clip, Quant
 from vdqc.passes.rotate import Rotate
 from vdqc.passes.smooth import Smooth
 
@@ -124,3 +125,32 @@ def test_a_cpu_program_is_left_to_the_compiler() -> None:
     lower(graph, TARGETS["cpu"], Diagnostics())
     assert not calls(graph, "fused_quantize")
     assert not any(node.kwargs for node in calls(graph, "int8_linear"))
+
+
+@pytest.mark.parametrize(("block", "scheme"), [("full", "w4a4"), (16, "w4a4-aasym")])
+def test_a_scale_behind_a_rotation_and_a_clip_join_the_quantiser(
+    block: int | str, scheme: str
+) -> None:
+    """QuantVGGT: ``rotate,smooth{learn=true},quant{clip=learned}``, whose scale cannot fold."""
+    graph, sample = HELP.wan(torch.float32)
+    context = Context([sample], rules=(parse_rule(scheme),))
+    passes = [Annotate(), Rotate(block=block), Smooth(learn=True), Quant(clip=Clip.LEARNED)]
+    PassManager(passes, probe=False).run(graph, context)
+    compressed, before = output(graph, sample), str(graph)
+    rotated = before.count("vdqc.rotate(%")  # six groups in each of two blocks, and the output
+    assert rotated == 13
+    twin = graph.clone()
+    lower(twin, TARGETS["cpu"], Diagnostics())
+    assert relative_error(output(twin, sample), compressed) < 1e-3
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    after = str(graph)
+    fused = [*calls(graph, "fused_quantize"), *calls(graph, "residual_quantize")]
+    assert len(fused) == rotated, before + after
+    assert not calls(graph, "kernels.rotation")
+    assert not calls(graph, "amax")
+    for node in fused:
+        post, ratio = node.args[16 if "residual" in str(node.target) else 14 :]
+        assert isinstance(post, fx.Node)
+        assert set(post.users) <= set(fused)  # no loose multiply
+        assert isinstance(ratio, fx.Node)
+    assert relative_error(output(graph, sample), compressed) < 1e-3

@@ -50,10 +50,13 @@ def calls() -> list[tuple[str, Callable[..., Any] | None, list[Any], dict[str, A
             (RESIDUAL_QUANTIZE, [y, gate], 8),
         )
     ]
+    behind = [8, False, signs, new(1, dtype=F32)]
+    kinds += [("scaled", FUSED_QUANTIZE.cuda, [x, *adaln, *forms["row"], *behind], {})]
     kinds += [("long", FUSED_QUANTIZE.cuda, [new(4, 27648), *plain, None, 0, None, 8, False], {})]
     kinds += [("rotation", ROTATION.cuda, [x, signs, 128, False], {})]
     kinds += [("rows", QUANTIZE_ROWS.cuda, [x, 127, False], {})]
     kinds += [("rows-asym", QUANTIZE_ROWS_ASYM.cuda, [x, 8, False], {})]
+    kinds += [("rows-clip", QUANTIZE_ROWS.cuda, [x, 7, False, new(1, dtype=F32)], {})]
     kinds += [("static", QUANTIZE_STATIC.cuda, [x, new(1, dtype=F32), None, -127, 127], {})]
     heads = [new(1, 256, 4, 64), "rms", new(64), None, 1e-6, *[new(256, 32, dtype=F32)] * 2, 0]
     kinds += [("rope", ROPE.cuda, [*heads, True, 128], {})]

@@ -57,6 +57,11 @@ def test_codes_of_rows_equal_the_reference_bit_for_bit(
     for bits in (8, 3):
         found = quantize.asymmetric(x.to(device), bits, False)
         assert same(found, quantize_rows_asym(x, bits, False))
+    for clip in (torch.tensor(0.4), torch.tensor([1e-9])):
+        found = quantize.symmetric(x.to(device), 7, False, clip.to(device))
+        assert same(found, quantize_rows(x, 7, False, clip))
+        found = quantize.asymmetric(x.to(device), 4, False, clip.to(device))
+        assert same(found, quantize_rows_asym(x, 4, False, clip))
 
 
 @pytest.mark.parametrize("value", [1.0, 0.0, float("nan"), float("inf")])
@@ -66,6 +71,11 @@ def test_codes_of_whole_tensors(shape: tuple[int, ...], value: float, device: st
     x.view(-1)[-1] = value
     assert same(quantize.symmetric(x.to(device), 127, True), quantize_rows(x, 127, True))
     assert same(quantize.asymmetric(x.to(device), 4, True), quantize_rows_asym(x, 4, True))
+    clip = torch.tensor(0.5)
+    found = quantize.symmetric(x.to(device), 7, True, clip.to(device))
+    assert same(found, quantize_rows(x, 7, True, clip))
+    found = quantize.asymmetric(x.to(device), 4, True, clip.to(device))
+    assert same(found, quantize_rows_asym(x, 4, True, clip))
 
 
 @pytest.mark.parametrize("rowwise", [False, True])
@@ -117,6 +127,7 @@ def steps(width: int, lead: tuple[int, ...], **given: Any) -> Prologue:
         "mod_shift": torch.randn(*lead, width) / 4,
         "activation": "gelu_tanh",
         "smooth": torch.rand(width) + 0.5,
+        "post": torch.rand(width) + 0.5 if given.get("block") else None,
     }
     return Prologue(**(everything | given))
 
@@ -128,7 +139,8 @@ def compare(x: Tensor, chosen: Prologue, form: Form, device: str, *more: Tensor)
     )
     put = Form(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(form).items()})
     found = quantize.quantise_rows(x.to(device), moved, put, *(m.to(device) for m in more))
-    arguments = (*vars(chosen).values(), form.down, form.bits, form.packed)
+    *chain, post = vars(chosen).values()
+    arguments = (*chain, form.down, form.bits, form.packed, post, form.clip)
     reference = fused_quantize_asym if form.asymmetric else fused_quantize
     if more:
         assert found.stream is not None
@@ -146,6 +158,8 @@ def compare(x: Tensor, chosen: Prologue, form: Form, device: str, *more: Tensor)
     assert int(apart.max()) <= 1
     assert float(apart.float().mean()) < (0.12 if rounds else 2e-3)
     zero = torch.zeros(()) if found.zero is None else found.zero.cpu()
+    if form.clip is not None:  # what is cut off is no noise
+        value = value.clamp(step * (codes.min() - zero), step * (codes.max() - zero))
     noise = relative_error((codes - zero) * step, value)
     error = relative_error((unpacked - zero) * found.scale.cpu(), value)
     assert error < REDRAWN_NOISE * noise
@@ -176,6 +190,8 @@ FORMS = {
     "asym": Form(0, 8, asymmetric=True),
     "packed": Form(7, 4, packed=True),
     "packed-asym": Form(0, 4, asymmetric=True, packed=True),
+    "clipped": Form(7, 4, clip=torch.tensor(0.6)),
+    "clipped-asym": Form(0, 4, asymmetric=True, packed=True, clip=torch.tensor([0.6])),
 }
 
 
@@ -221,7 +237,7 @@ def test_the_stream_is_that_of_the_reference_bit_for_bit(
 @pytest.mark.parametrize(
     ("width", "block"), [(128, 128), (192, 64), (96, 12), (384, 384), (264, 8)]
 )
-@pytest.mark.parametrize("form", ["int8", "packed-asym"])
+@pytest.mark.parametrize("form", ["int8", "packed-asym", "clipped"])
 def test_rotations(width: int, block: int, form: str, device: str) -> None:
     """Blocks, and 384 = 16 x 24, a Kronecker product; more rows than programs."""
     signs = hadamard.random_signs(width, 0)
@@ -307,5 +323,7 @@ def test_refusals(device: str) -> None:
         quantize.quantise_rows(torch.randn(2, 0, device=device), Prologue(), Form(127))
     with pytest.raises(InputError, match=r"smooth: expected shape \[16\], got \[8\]"):
         quantize.quantise_rows(x, Prologue(smooth=torch.ones(8, device=device)), Form(127))
+    with pytest.raises(InputError, match=r"clip: expected one number, got shape \[16\]"):
+        quantize.quantise_rows(x, Prologue(), Form(7, clip=torch.ones(16, device=device)))
     with pytest.raises(InputError, match="x: expected float32"):
         quantize.quantise_rows(x.double(), Prologue(), Form(127))
