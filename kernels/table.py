@@ -26,6 +26,7 @@ KERNELS: Mapping[str, str] = {
     "sparse_attention_int8": "vdqc.kernels.sparse_attention:SPARSE_ATTENTION_INT8",
     "video_mask": "vdqc.kernels.video_mask:VIDEO_MASK",
     "dense_mask": "vdqc.kernels.video_mask:DENSE_MASK",
+    "key_order": "vdqc.kernels.video_mask:KEY_ORDER",
     "token_order": "vdqc.kernels.token_order:TOKEN_ORDER",
     "compare": "vdqc.kernels.compare:COMPARE",
 }

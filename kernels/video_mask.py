@@ -8,6 +8,8 @@ dense             bool[], None                    True: everything attends to ev
 layout            5 integers                      frames, tokens of a frame, text tokens, 1 if
                                                   text comes first, tokens in a row of a frame
 policy            text                            ``vdqc.base.sparsity.MaskPolicy``
+valid             bool[B, T], None                text keys that are no padding; the video's all
+                                                  count
 result            order, place int64[O, T], index int64[B|1, H], starts, counts i32[B|1, H, R],
                   ids i32[N]                      ``vdqc.base.video_mask``
 ================= =============================== ============================================
@@ -40,9 +42,11 @@ def video_mask(
     layout: list[int],
     policy: str,
     scale: float,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The truth: ``vdqc.base.video_mask.video_mask``."""
-    return tuple(masks.video_mask(query, key, value, heads, dense, layout, policy, scale))  # type: ignore[return-value]
+    args = (query, key, value, heads, dense, layout, policy, scale, None, valid)
+    return tuple(masks.video_mask(*args))  # type: ignore[return-value]
 
 
 def _cuda(
@@ -54,8 +58,9 @@ def _cuda(
     layout: list[int],
     policy: str,
     scale: float,
+    valid: Tensor | None = None,
 ) -> Parts:
-    args = (query, key, value, heads, dense, layout, policy, scale, _best_blocks)
+    args = (query, key, value, heads, dense, layout, policy, scale, _best_blocks, valid)
     return tuple(masks.video_mask(*args))  # type: ignore[return-value]
 
 
@@ -91,6 +96,7 @@ def _fake(
     layout: list[int],
     policy: str,
     scale: float,
+    valid: Tensor | None = None,
 ) -> Parts:
     sizes = masks.video_mask_sizes(query, heads, layout, policy)
     dtypes = (torch.int64,) * 3 + (torch.int32,) * 3
@@ -101,15 +107,55 @@ def _fake(
 VIDEO_MASK = define("video_mask", reference=video_mask, fake=_fake, cuda=_cuda)
 
 
-def dense_mask(starts: Tensor, counts: Tensor, ids: Tensor, block: int, query: Tensor) -> Tensor:
-    """bool[B|1, H|1, T, T]: the mask written out, for attention that takes no other."""
-    kept = kept_blocks(starts, counts, ids, counts.shape[-1])
-    return expand(kept, block, block, query.shape[2], query.shape[2])
+def key_order(order: Tensor, index: Tensor, valid: Tensor, video: int) -> tuple[Tensor, Tensor]:
+    """int64[B O, T], int64[B, H]: the order of keys in which padded text comes last.
+
+    For attention that takes a number of keys; ``vdqc.base.video_mask.valid_keys_first``.
+    """
+    return masks.valid_keys_first(order, index, valid, video)
 
 
-def _fake_dense(starts: Tensor, counts: Tensor, ids: Tensor, block: int, query: Tensor) -> Tensor:
+def _fake_order(order: Tensor, index: Tensor, valid: Tensor, video: int) -> tuple[Tensor, Tensor]:
+    batch = valid.shape[0]
+    moved = order.new_empty([batch * order.shape[0], order.shape[1]])
+    return moved, index.new_empty([batch, index.shape[1]])
+
+
+KEY_ORDER = define("key_order", reference=key_order, fake=_fake_order)
+
+
+def dense_mask(
+    starts: Tensor,
+    counts: Tensor,
+    ids: Tensor,
+    block: int,
+    query: Tensor,
+    key_length: Tensor | None = None,
+) -> Tensor:
+    """bool[B|1, H|1, T, T]: the mask written out, for attention that takes no other.
+
+    Keys from ``key_length`` i32[B] on do not exist.
+    """
     tokens = query.shape[2]
-    return query.new_empty([*counts.shape[:2], tokens, tokens], dtype=torch.bool)
+    kept = kept_blocks(starts, counts, ids, counts.shape[-1])
+    mask = expand(kept, block, block, tokens, tokens)
+    if key_length is None:
+        return mask
+    exists = torch.arange(tokens, device=query.device) < key_length[:, None]
+    return mask & exists[:, None, None, :]
+
+
+def _fake_dense(
+    starts: Tensor,
+    counts: Tensor,
+    ids: Tensor,
+    block: int,
+    query: Tensor,
+    key_length: Tensor | None = None,
+) -> Tensor:
+    tokens = query.shape[2]
+    batch = counts.shape[0] if key_length is None else query.shape[0]
+    return query.new_empty([batch, counts.shape[1], tokens, tokens], dtype=torch.bool)
 
 
 DENSE_MASK = define("dense_mask", reference=dense_mask, fake=_fake_dense)

@@ -15,6 +15,7 @@ from vdqc.base.target import Target
 from vdqc.ir.graph import Graph
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import Site, SiteKind
+from vdqc.ir.sparse_ops import REPARAMETERIZED_ATTENTION
 from vdqc.kernels.attention import torch_attention_cost
 from vdqc.kernels.base import (
     FLOAT_FORMAT,
@@ -157,7 +158,7 @@ def _sparse(graph: Graph, site: Site, target: Target) -> KernelChoice:
     dense = torch_attention_cost(dense_problem(problem))
     shape = f"{problem.heads} heads, {problem.queries} x {problem.keys} scores of {problem.width}"
     why = f"{site.node.args[6]}: {problem.density:.3f} of {shape}"
-    if len(site.node.args) > 8:
+    if site.node.target is REPARAMETERIZED_ATTENTION:
         why += f"; {site.node.args[8]}"
     plain = replace(problem, int8=False)
     reason = SPARSE_ATTENTION.supports(plain, target)

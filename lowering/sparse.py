@@ -9,9 +9,11 @@
     %p = vdqc_kernels.sparse_attention(%a, ..., %m[3], %m[4], %m[5], s, 128, 128)
     %o = vdqc_kernels.token_order(%p, %m[1], %m[2])
 
-Policies that keep the order of the video need no ``token_order``. ``reparameterized_attention``
-adds dense attention and ``compare``, where ``vdqc.lowering.residual`` later cuts the program in
-two. Where no sparse kernel runs, the mask is written out for torch's own attention.
+Policies that keep the order of the video need no ``token_order``. Of padded text, keys that exist
+come first (``key_order``, where they do not anyway) and their number is an operand.
+``reparameterized_attention`` adds dense attention and ``compare``, where ``vdqc.lowering.residual``
+later cuts the program in two. Where no sparse kernel runs, the mask is written out for torch's own
+attention.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import fx
 from vdqc.base.sparsity import MaskPolicy
 from vdqc.base.target import Target
 from vdqc.base.video_mask import density
+from vdqc.ir.analysis.key_masks import valid_come_first
 from vdqc.ir.graph import Graph
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import set_note
@@ -35,7 +38,7 @@ from vdqc.kernels.base import AttentionProblem
 from vdqc.kernels.compare import COMPARE
 from vdqc.kernels.quantize_rows import QUANTIZE_ROWS
 from vdqc.kernels.token_order import TOKEN_ORDER
-from vdqc.kernels.video_mask import DENSE_MASK, VIDEO_MASK
+from vdqc.kernels.video_mask import DENSE_MASK, KEY_ORDER, VIDEO_MASK
 from vdqc.lowering.rules import hint
 
 _aten = torch.ops.aten
@@ -100,13 +103,24 @@ def emit_sparse(graph: Graph, node: fx.Node, chosen: str, target: Target) -> Non
     integer = chosen == kernel.SPARSE_ATTENTION_INT8.name
     if integer:  # codes are made where tokens have their places
         query, key = (x.args[0] for x in (query, key))  # type: ignore[union-attr]
-    made = call(VIDEO_MASK.op, query, key, value, heads, dense, layout, text, scale)
+    valid = valid_of(node)
+    seen = () if valid is None else (valid,)
+    made = call(VIDEO_MASK.op, query, key, value, heads, dense, layout, text, scale, *seen)
     order, place, index, *mask = (call(operator.getitem, made, i) for i in range(6))
-    operands = [query, key, value]
-    if policy.reorders:
-        operands = [call(TOKEN_ORDER.op, x, order, index, None, None) for x in operands]
+    operands, length = [query, key, value], None
+    orders = [(order, index) if policy.reorders else None] * 3
+    if valid is not None:
+        length = call(_aten.sum.dim_IntList, valid, [1], dtype=torch.int32)
+        if not valid_come_first(valid):
+            video = call(operator.mul, *layout[:2])  # type: ignore[index, misc]
+            pair = call(KEY_ORDER.op, order, index, valid, video)
+            orders[1:] = [tuple(call(operator.getitem, pair, i) for i in range(2))] * 2  # type: ignore[list-item]
+    operands = [
+        x if way is None else call(TOKEN_ORDER.op, x, *way, None, None)
+        for x, way in zip(operands, orders, strict=True)
+    ]
     block = policy.block
-    extra = (None, None, None)
+    extra = (None, None, length)
     if integer:
         codes: list[fx.Node] = []
         for x in operands[:2]:
@@ -120,7 +134,7 @@ def emit_sparse(graph: Graph, node: fx.Node, chosen: str, target: Target) -> Non
         op = kernel.SPARSE_ATTENTION.op
         sparse = call(op, *operands, *mask, scale, block, block, *extra)
     else:
-        written = call(DENSE_MASK.op, *mask, block, query)
+        written = call(DENSE_MASK.op, *mask, block, query, length)
         attend = _aten.scaled_dot_product_attention.default
         sparse = call(attend, *operands, written, scale=scale)
     if policy.reorders or chosen == "aten":
@@ -134,11 +148,21 @@ def emit_sparse(graph: Graph, node: fx.Node, chosen: str, target: Target) -> Non
     set_note(result, kernel=chosen, policy=str(policy))
 
 
+def valid_of(node: fx.Node) -> fx.Node | None:
+    """Which keys of a sparse attention exist, if not all do."""
+    at = 9 if node.target is REPARAMETERIZED_ATTENTION else 8
+    valid = node.args[at] if len(node.args) > at else node.kwargs.get("valid")
+    return valid if isinstance(valid, fx.Node) else None
+
+
 def _emit_dense(graph: Graph, node: fx.Node, target: Target) -> fx.Node:
     problem = dense_problem(sparse_problem(graph, node))
     query, key, value, scale = (*node.args[:3], node.args[7])
+    mask = valid_of(node)
+    for axis in (1, 1) if mask is not None else ():
+        mask = graph.call(_aten.unsqueeze.default, mask, axis, before=node)
     faster = ATTENTION.cost(problem).us(target) <= torch_attention_cost(problem).us(target)
     if ATTENTION.supports(problem, target) is None and faster:
-        return graph.call(ATTENTION.op, query, key, value, None, scale, before=node)
+        return graph.call(ATTENTION.op, query, key, value, mask, scale, before=node)
     attend = _aten.scaled_dot_product_attention.default
-    return graph.call(attend, query, key, value, scale=scale, before=node)
+    return graph.call(attend, query, key, value, mask, scale=scale, before=node)

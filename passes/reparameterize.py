@@ -167,5 +167,6 @@ def _hints(sizes: Sequence[Any]) -> list[int]:
 
 def rewrite(graph: Graph, site: Site, policy: CachePolicy) -> None:
     """Replace one sparse attention."""
-    args = (*site.node.args, str(policy))
+    given, valid = site.node.args[:8], site.node.args[8:]
+    args = (*given, str(policy), *valid)
     graph.replace(site.node, graph.call(REPARAMETERIZED_ATTENTION, *args, before=site.node))

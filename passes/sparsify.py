@@ -10,8 +10,9 @@ length gets its mask from the policy. ``svg`` gives each head a band in the orde
 the order of pixels: ``heads=calibrated`` decides on the samples, ``online`` in every call. The
 order that makes blocks of a head's pattern is part of the op, and undone in it.
 ``budget=calibrated`` spends one density of the whole model where it saves most error: heads get
-levels from half to four times of it. Cross-attention, masked attention, and what has no frames
-stay dense, and say so; text tokens see and are seen by everything.
+levels from half to four times of it. Cross-attention, attention with a mask of its own, and what
+has no frames stay dense, and say so; text tokens see and are seen by everything. A mask that only
+says which text is padding becomes an operand, ``%valid`` bool[B, T].
 
 ``scores=int8`` computes q·kᵀ from codes of 8 bits, one scale a token; on a GPU the integer kernel
 does. The mean of the keys is subtracted first: softmax does not see it, and channels that are large
@@ -47,6 +48,8 @@ from vdqc.base.mask_policies import POLICIES, classify_heads, sampled_rows
 from vdqc.base.sparsity import MASKS, MaskPolicy
 from vdqc.engine.frames import sizes_of
 from vdqc.engine.pass_manager import Context, Pass, PassResult
+from vdqc.ir.analysis.key_masks import KeyMask, key_mask
+from vdqc.ir.analysis.tokens import video_tokens
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.signature import evaluate
@@ -59,6 +62,8 @@ _DENSE = aten.scaled_dot_product_attention.default
 #: Levels of a calibrated budget, as multiples of the density.
 LEVELS = (0.5, 1.0, 2.0, 4.0)
 _SCORES = "int8/token/dynamic"
+#: Arguments of dense attention that a sparse one has too.
+_NAMED = ("scale", "attn_mask")
 _LAYOUT = ("frames", "tokens_per_frame", "text", "text_first", "frame_width")
 
 
@@ -145,7 +150,8 @@ class Sparsify(Pass):
                 "put sparsify behind quant",
                 code="pass-order",
             )
-        sites = [s for s in graph.sites(self.select, SiteKind.ATTENTION) if self._matches(s, ctx)]
+        found = graph.sites(self.select, SiteKind.ATTENTION)
+        sites = [site for site in found if self._matches(graph, site, ctx)]
         if not sites:
             ctx.diagnostics.warning(
                 "", "nothing-sparse", "no attention spans the frames of a video"
@@ -154,11 +160,12 @@ class Sparsify(Pass):
         examples = [layouts(graph, sample.inputs, sites) for sample in ctx.samples]
         self._check(examples, sites, ctx)
         plans = self._plans(graph, sites, examples, ctx)
+        masks = {site.name: padding(graph, site) for site in sites}
         sizes, dense = SizeNodes(graph), self._dense_flag(graph, ctx)
         for site in sites:
             if self.scores is Scores.INT8:
                 quantise_scores(graph, site)
-            rewrite(graph, site, plans[site.name], sizes, dense)
+            rewrite(graph, site, plans[site.name], sizes, dense, masks[site.name])
         shares = {s.name: plans[s.name].density for s in sites}
         mean = sum(shares.values()) / len(shares)
         return PassResult(
@@ -172,9 +179,9 @@ class Sparsify(Pass):
 
     # -- match ----------------------------------------------------------------------------------
 
-    def _matches(self, site: Site, ctx: Context) -> bool:
+    def _matches(self, graph: Graph, site: Site, ctx: Context) -> bool:
         """True if ``site`` is dense self-attention over frames; says why it is not."""
-        reason = obstacle(site)
+        reason = obstacle(graph, site)
         if not reason and self.dense and fnmatch.fnmatchcase(site.name, self.dense):
             reason = "dense", f"it matches dense={self.dense}"
         if not reason:
@@ -283,7 +290,7 @@ class SitePlan:
 # match ------------------------------------------------------------------------------------------
 
 
-def obstacle(site: Site) -> tuple[str, str] | None:
+def obstacle(graph: Graph, site: Site) -> tuple[str, str] | None:
     """Code and sentence if this attention cannot be made sparse."""
     entries, node = note(site.node), site.node
     if node.target is not _DENSE:
@@ -295,10 +302,26 @@ def obstacle(site: Site) -> tuple[str, str] | None:
         return "no-frames", "its shapes do not tell frames"
     if not tokens.get("frame_major"):
         return "no-frames", "the tokens of a frame are not neighbours"
-    rest = [*node.args[3:], *(v for k, v in node.kwargs.items() if k != "scale")]
+    rest = [*node.args[4:], *(v for k, v in node.kwargs.items() if k not in _NAMED)]
     if any(value not in (None, False, 0.0) for value in rest):
-        return "masked", "it has a mask of its own, drops out, is causal, or its heads share keys"
+        return "masked", "it drops out, is causal, or its heads share keys"
+    if _mask(node) is not None and padding(graph, site) is None:
+        return "masked", "it has a mask of its own, which is more than padded text after the video"
     return None
+
+
+def padding(graph: Graph, site: Site) -> KeyMask | None:
+    """Which keys of a dense attention exist, where its mask says just that."""
+    mask = _mask(site.node)
+    if mask is None or note(site.node)["tokens"].get("text_first"):
+        return None
+    video = video_tokens(graph, site.input)
+    return None if video is None else key_mask(mask, site.input, video)
+
+
+def _mask(node: fx.Node) -> fx.Node | None:
+    mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return mask if isinstance(mask, fx.Node) else None
 
 
 def layouts(graph: Graph, call: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, list[int]]:
@@ -346,21 +369,31 @@ def measure(
     that sites compare; the mean over samples and their batch.
     """
     by_node = {site.node: site for site in sites}
+    masks = {site.name: padding(graph, site) for site in sites}
     operands = {operand for site in sites for operand in site.node.all_input_nodes[:3]}
+    kept = {mask.valid for mask in masks.values() if mask is not None}
     errors: dict[str, list[Tensor]] = {}
     shares: dict[str, Tensor] = {}
     fitting = [i for i, example in enumerate(examples) if _reaches(example, policy)]
     for at in ctx.progress(fitting, "sparsify"):
         values: dict[fx.Node, Tensor] = {}
+        exist: dict[fx.Node, Tensor] = {}
 
-        def look(node: fx.Node, value: Any, at: int = at, values: Any = values) -> None:
+        def look(
+            node: fx.Node, value: Any, at: int = at, values: Any = values, exist: Any = exist
+        ) -> None:
             if node in operands:
                 values[node] = value
+            if node in kept:
+                exist[node] = value
             if node not in by_node:
                 return
             site = by_node[node]
             q, k, v = (values[operand] for operand in node.args[:3])
-            found = head_errors(q, k, v, scale_of(node), examples[at][site.name], policy)
+            mask = masks[site.name]
+            valid = None if mask is None else exist[mask.valid]
+            layout = examples[at][site.name]
+            found = head_errors(q, k, v, scale_of(node), layout, policy, valid)
             errors.setdefault(site.name, []).append(found[0])
             shares[site.name] = found[1]
             for operand in node.args[:3]:
@@ -372,7 +405,13 @@ def measure(
 
 
 def head_errors(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, layout: list[int], policy: MaskPolicy
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    layout: list[int],
+    policy: MaskPolicy,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(float64[masks, H] relative squared error, float64[masks] density) for one call."""
     shape = video_mask.as_layout(layout, policy)
@@ -385,8 +424,11 @@ def head_errors(
         candidates.append((POLICIES[name].order(shape, device), mask))
         shares.append(mask.density())
     rows = sampled_rows(shape, video_mask.SAMPLED, device)
-    found = classify_heads(query, key, value, scale, candidates, rows)[1].double().mean(1)
+    errors = classify_heads(query, key, value, scale, candidates, rows, valid)[1]
+    found = errors.double().mean(1)
     scores = query[:, :, rows].float() @ key.float().mT * scale
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None, :], float("-inf"))
     power = (torch.softmax(scores, -1) @ value.float()).double().square().mean()
     return (found / power.clamp_min(1e-30)).cpu(), torch.tensor(shares, dtype=torch.float64)
 
@@ -461,7 +503,12 @@ def quantise_scores(graph: Graph, site: Site) -> None:
 
 
 def rewrite(
-    graph: Graph, site: Site, plan: SitePlan, sizes: SizeNodes, dense: fx.Node | None
+    graph: Graph,
+    site: Site,
+    plan: SitePlan,
+    sizes: SizeNodes,
+    dense: fx.Node | None,
+    mask: KeyMask | None = None,
 ) -> None:
     """Replace one dense attention."""
     tokens = note(site.node)["tokens"]
@@ -473,5 +520,14 @@ def rewrite(
     if plan.heads is not None:
         name = site.name.replace(":", ".").replace("#", "_")
         heads = graph.set_param(f"{name}.mask_of_head", plan.heads)
-    operands = (*site.node.args[:3], heads, dense, layout, str(plan.policy), scale_of(site.node))
-    graph.replace(site.node, graph.call(SPARSE_ATTENTION, *operands, before=site.node))
+    node = site.node
+    operands = [*node.args[:3], heads, dense, layout, str(plan.policy), scale_of(node)]
+    exist = () if mask is None else (mask.valid,)
+    sparse = graph.call(SPARSE_ATTENTION, *operands, *exist, before=node)
+    graph.replace(node, sparse)
+    if mask is not None and mask.queries:  # queries of padding have no keys
+        absent = graph.call(aten.bitwise_not.default, mask.valid, before=sparse)
+        for axis in (1, 3):
+            absent = graph.call(aten.unsqueeze.default, absent, axis, before=sparse)
+        fill = aten.masked_fill.Scalar
+        graph.replace(sparse, graph.call_after(fill, sparse, absent, 0.0, after=sparse))

@@ -274,6 +274,62 @@ def test_frames_are_found_where_few_sizes_vary(sizes: list[tuple[int, int, int]]
     assert found.frames == graph.signature.inputs[0].sizes[2]
 
 
+class Packed(nn.Module):
+    """Attention over tokens whose grid is three numbers of the call; ``axes`` is its order."""
+
+    def __init__(self, axes: str) -> None:
+        super().__init__()
+        self.fc, self.axes = nn.Linear(8, 8), axes
+
+    def forward(self, x: Tensor, frames: int, height: int, width: int) -> Tensor:
+        sizes = {"f": frames, "h": height, "w": width}
+        grid = torch.meshgrid(*[torch.arange(sizes[a]) for a in self.axes], indexing="ij")
+        place = torch.stack(grid).flatten(1).sum(0).to(x.dtype)
+        h = self.fc(x + place[:, None].cos()).unflatten(-1, (2, 4)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(h, h, h)
+
+
+@pytest.mark.parametrize("axes", ["fhw", "hw"])
+def test_the_grid_of_positions_tells_frames(axes: str) -> None:
+    from vdqc.ir.frontend import capture
+    from vdqc.ir.sample import Sample
+
+    calls = []
+    for f, h, w in ((3, 4, 5), (4, 6, 7)):
+        tokens = f * h * w if "f" in axes else h * w
+        call = {"x": torch.randn(2, tokens, 8), "frames": f, "height": h, "width": w}
+        calls.append(Sample(call))
+    graph = capture(Packed(axes).eval(), calls)
+    PassManager([Canonicalize()], probe=False).run(graph, Context())
+    (found,) = token_frames(graph)
+    if axes == "hw":  # an image
+        assert (found.extent, found.frames) == (Extent.OTHER, "")
+        return
+    frames, height, width = (str(entry.size) for entry in graph.signature.inputs[1:])
+    assert (found.extent, found.frames, found.frame_width) == (Extent.VIDEO, frames, width)
+    assert set(found.tokens_per_frame.split("*")) == {height, width}
+    assert (found.text, found.frame_major) == ("", True)
+
+
+def test_channels_may_be_last() -> None:
+    from vdqc.ir.frontend import capture
+    from vdqc.ir.sample import Sample
+
+    class Last(Video):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return super().forward(x.permute(0, 4, 1, 2, 3), y)
+
+    calls = [
+        Sample({"x": torch.randn(2, f, 4 * f, 6 * f, 2), "y": torch.randn(2, n, 8)})
+        for f, n in ((3, 5), (4, 7))
+    ]
+    graph = capture(Last(text_first=False).eval(), calls)
+    PassManager([Canonicalize()], probe=False).run(graph, Context())
+    (found,) = token_frames(graph)
+    assert found.frames == graph.signature.inputs[0].sizes[1]
+    assert found.frame_major
+
+
 def test_blocks_of_one_class_are_one_template() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

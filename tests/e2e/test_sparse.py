@@ -1,4 +1,4 @@
-"""Sparse recipes from a model to videos: a tiny Wan, and the digits of the default example."""
+"""Sparse recipes from a model to videos: tiny architectures, and the digits of the example."""
 
 import itertools
 import runpy
@@ -17,16 +17,21 @@ from vdqc.compiled import CompiledModel, load
 from vdqc.compiler import compile, parse_recipe
 from vdqc.explain import explain
 from vdqc.ir.source import Source
-from vdqc.testing.architectures import ARCHITECTURES
+from vdqc.kernels.sparse_attention import SPARSE_ATTENTION
+from vdqc.testing.architectures import ARCHITECTURES, Architecture
 
-WAN = ARCHITECTURES["wan-t2v"]
+WAN, HUNYUAN, LTX = (ARCHITECTURES[name] for name in ("wan-t2v", "hunyuan-video", "ltx"))
+#: Another resolution and text length.
+OTHER = {"F": 5, "H": 12, "W": 20, "L": 14}
 SPARSE = "sparsify{density=0.6,block=16}"
 DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "model.py"
 
 
-def trajectory(model: Any, steps: int, **shape: int) -> list[tuple[Tensor, Tensor]]:
+def trajectory(
+    model: Any, steps: int, of: Architecture = WAN, **shape: int
+) -> list[tuple[Tensor, Tensor]]:
     """Outputs of both branches of guidance over a sampling run that looks at nothing it made."""
-    call = WAN.inputs(seed=3, **shape)
+    call = of.inputs(seed=3, **shape)
     other = {**call, "encoder_hidden_states": -call["encoder_hidden_states"]}
     found = []
     for step in range(steps):
@@ -66,10 +71,37 @@ def test_wan_with_residuals(quantised: bool, tmp_path: Path) -> None:
         for own, original in zip(pair, wanted, strict=True):
             # dense steps are those of the float model; the others stay near
             assert sqnr_db(own, original) > (least if step % 3 == 0 else 15)
-    shape = {"F": 5, "H": 12, "W": 20, "L": 14}  # another resolution and length
-    for own, original in zip(trajectory(model, 1, **shape)[0], trajectory(wan, 1, **shape)[0],
+    for own, original in zip(trajectory(model, 1, **OTHER)[0], trajectory(wan, 1, **OTHER)[0],
                              strict=True):  # fmt: skip
         assert sqnr_db(own, original) > least
+
+
+@pytest.mark.parametrize(
+    ("of", "passes", "scheme", "least", "reused"),
+    [
+        (HUNYUAN, "sparsify{density=1,block=16}", "none", 60, 60),
+        (HUNYUAN, f"rotate,smooth,quant,{SPARSE},reparameterize{{interval=3}}", "w8a8", 20, 15),
+        (LTX, f"{SPARSE},reparameterize{{interval=3}}", "none", 60, 15),
+    ],
+    ids=["padded-text", "padded-text-quantised", "packed-tokens"],
+)
+def test_padded_text_and_packed_tokens(
+    of: Architecture, passes: str, scheme: str, least: float, reused: float, tmp_path: Path
+) -> None:
+    original = of.build()
+    out = compile(
+        original, of.samples(), passes=passes, scheme=scheme, target="cpu", out=tmp_path / "out"
+    )
+    model = load(out.path)
+    sparse = [n for n in model.program.graph.nodes if n.target is SPARSE_ATTENTION.op]
+    assert len(sparse) == (3 if of is HUNYUAN else 1)
+    for shape in ({}, {"L": 14}, {"F": 5, "H": 12, "W": 20}, OTHER):
+        steps = 1 if shape else 4
+        wanted = trajectory(original, steps, of, **shape)
+        for step, (pair, floats) in enumerate(zip(trajectory(model, steps, of, **shape), wanted,
+                                                  strict=True)):  # fmt: skip
+            for own, value in zip(pair, floats, strict=True):
+                assert sqnr_db(own, value) > (least if step % 3 == 0 else reused)
 
 
 def test_explain_shows_policy_density_and_time() -> None:

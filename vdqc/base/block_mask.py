@@ -78,6 +78,23 @@ def block_means(x: Tensor, size: int) -> Tensor:
     return torch.cat(parts, -2)
 
 
+def valid_block_means(x: Tensor, size: int, valid: Tensor, first: int) -> Tensor:
+    """``block_means`` of x[B, H, T, D] over ``valid`` bool[B, T], NaN for blocks without any.
+
+    Tokens before ``first`` are valid whatever it says, so that only the rest is copied.
+    """
+    whole = first // size * size
+    tail, exists = x[..., whole:, :], valid[:, None, whole:, None]
+    # invalid tokens may hold anything, NaN included
+    tail = tail.float().masked_fill(~exists, 0.0)
+    missing = -tail.shape[-2] % size
+    sums, counts = (
+        torch.nn.functional.pad(part, (0, 0, 0, missing)).unflatten(-2, (-1, size)).sum(-2)
+        for part in (tail, exists.float())
+    )
+    return torch.cat([block_means(x[..., :whole, :], size), sums / counts], -2)
+
+
 def compress(kept: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """``bool[..., R, C] -> starts, counts, ids``; every row gets room for ``width`` ids (or C).
 

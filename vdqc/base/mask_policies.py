@@ -198,15 +198,19 @@ def classify_heads(
     scale: float,
     candidates: Sequence[tuple[Tensor, BlockMask]],
     rows: Tensor,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which candidate serves each head best, judged by the outputs of the queries ``rows``.
 
     query, key, value are [B, H, tokens, ...] as given, in no candidate's order; a candidate is an
-    order and a mask (of shape [1, 1, R]) in that order. Gives the choice int64[B, H], and the mean
+    order and a mask (of shape [1, 1, R]) in that order; keys outside of ``valid`` bool[B, tokens]
+    do not count. Gives the choice int64[B, H], and the mean
     squared error of every candidate f32[candidates, B, H]. Nothing waits for the device.
     """
     scores = query[:, :, rows].float() @ key.float().mT * scale
-    dense = torch.softmax(scores, -1) @ value.float()
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None, :], float("-inf"))
+    dense = torch.ops.aten._safe_softmax(scores, -1) @ value.float()
     errors = []
     for order, mask in candidates:
         place = inverse(order)

@@ -6,6 +6,7 @@ layout      5 integers                frames, tokens of a frame, text tokens, 1 
 heads       int64[H] or None          which of the policy's masks each head gets; None: decided
                                       here, by the outputs of 64 queries
 dense       bool[] or None            True: everything attends to everything in this call
+valid       bool[B, T] or None        text keys that are no padding; keys of the video all count
 order       int64[O, T]               token at each place, for every order that heads may need
 place       int64[O, T]               place of each token: the inverse
 which       int64[B|1, H]             which order a head's tokens take
@@ -33,7 +34,14 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from vdqc.base.block_mask import BlockMask, block_means, blocks, choose, full_mask
+from vdqc.base.block_mask import (
+    BlockMask,
+    block_means,
+    blocks,
+    choose,
+    full_mask,
+    valid_block_means,
+)
 from vdqc.base.diagnostics import InputError
 from vdqc.base.mask_policies import (
     POLICIES,
@@ -87,6 +95,7 @@ def video_mask(
     policy: str,
     scale: float,
     select: Selection | None = None,
+    valid: Tensor | None = None,
 ) -> VideoMask:
     """The mask for one call; query, key, value are [B, H, T, ...] in the order of the video.
 
@@ -99,15 +108,19 @@ def video_mask(
             f"expected {shape.tokens} tokens for {shape}, got {query.shape[2]} queries and "
             f"{key.shape[2]} keys"
         )
+    if valid is not None and list(valid.shape) != [query.shape[0], query.shape[2]]:
+        raise InputError(
+            f"valid: expected {[query.shape[0], query.shape[2]]}, got {list(valid.shape)}"
+        )
     if MASKS[parsed.name]:
         found = _static(parsed, shape, query.device)
-        choice = _choice(found, query, key, value, heads, shape, scale)
+        choice = _choice(found, query, key, value, heads, shape, scale, valid)
         mask = choose(found.masks, choice)
         ids = torch.nn.functional.pad(mask.ids, (0, found.room - mask.ids.numel()))
         orders = (found.order.clone(), found.place.clone(), found.index[choice])
         result = VideoMask(*orders, mask.starts, mask.counts, ids)
     else:
-        result = _chosen(parsed, shape, query, key, scale, select or best_blocks)
+        result = _chosen(parsed, shape, query, key, scale, select or best_blocks, valid)
     if dense is None:
         return result
     # every mask's ids begin with a row of all of them
@@ -226,6 +239,25 @@ def reorder(x: Tensor, order: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, rows)
 
 
+def valid_keys_first(
+    order: Tensor, index: Tensor, valid: Tensor, video: int
+) -> tuple[Tensor, Tensor]:
+    """The order of the keys of each sample: text that is valid before text that is not.
+
+    order int64[O, T] and index int64[B|1, H] as in ``VideoMask``, whose text follows ``video``
+    tokens of video. Gives int64[B O, T] and int64[B, H]. Blocks with text are kept in every row of
+    a mask, so that it is for this order too; the first ``valid.sum(1)`` keys are the valid ones.
+    """
+    orders, tokens = order.shape
+    batch = valid.shape[0]
+    text = torch.argsort((~valid[:, video:]).to(torch.uint8), dim=1, stable=True) + video
+    ahead = torch.arange(video, device=order.device).expand(batch, -1)
+    places = torch.cat([ahead, text], 1)[:, None].expand(-1, orders, -1)
+    moved = order.expand(batch, -1, -1).gather(2, places)
+    step = torch.arange(batch, device=index.device)[:, None] * orders
+    return moved.reshape(batch * orders, tokens), index.expand(batch, -1) + step
+
+
 # -- static masks ------------------------------------------------------------------------------
 
 
@@ -276,6 +308,7 @@ def _choice(
     heads: Tensor | None,
     layout: Layout,
     scale: float,
+    valid: Tensor | None,
 ) -> Tensor:
     if heads is not None:
         return heads.reshape(1, -1)
@@ -285,14 +318,20 @@ def _choice(
     candidates = list(zip(orders, found.masks, strict=True))
     rows = sampled_rows(layout, SAMPLED, query.device)
     with torch.no_grad():
-        return classify_heads(query, key, value, scale, candidates, rows)[0]
+        return classify_heads(query, key, value, scale, candidates, rows, valid)[0]
 
 
 # -- masks from queries and keys ---------------------------------------------------------------
 
 
 def _chosen(
-    policy: MaskPolicy, layout: Layout, query: Tensor, key: Tensor, scale: float, select: Selection
+    policy: MaskPolicy,
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    select: Selection,
+    valid: Tensor | None,
 ) -> VideoMask:
     batch, heads, tokens = query.shape[:3]
     order = frame_order(layout, query.device)[None]
@@ -307,9 +346,14 @@ def _chosen(
     rows = blocks(tokens, policy.block)
     sizes = [layout.frames, layout.tokens_per_frame, layout.text, int(layout.text_first), 0]
     with torch.no_grad():
+        if valid is None:
+            key_means = block_means(key, policy.block)
+        else:
+            first = 0 if layout.text_first else layout.video
+            key_means = valid_block_means(key, policy.block, valid, first)
         mask = select(
             block_means(query, policy.block),
-            block_means(key, policy.block),
+            key_means,
             scale,
             _keep(sizes, rows, policy),
             policy.mass,

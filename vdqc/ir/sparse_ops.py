@@ -32,6 +32,7 @@ def sparse_attention(
     layout: list[int],
     policy: str,
     scale: float,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """softmax(q kᵀ scale) v over the pairs of blocks that ``policy`` keeps.
 
@@ -41,12 +42,14 @@ def sparse_attention(
     layout   frames, tokens of a frame, text tokens, 1 if text comes first, tokens in a row of a
              frame (0: unknown); sizes may be symbolic
     policy   text of a ``MaskPolicy``
-    returns  float[B, H, T, E], in the order of the video
+    valid    bool[B, T]: keys that exist. Keys of the video all do, and where some do not, text
+             comes last; None: all do
+    returns  float[B, H, T, E], in the order of the video; zeros for a query without keys
 
     Backward: that of attention with the mask of the forward; the choice of blocks has no gradient.
     """
     with torch.no_grad():
-        return plain(query, key, value, heads, dense, layout, policy, scale)
+        return plain(query, key, value, heads, dense, layout, policy, scale, valid)
 
 
 def plain(
@@ -58,20 +61,25 @@ def plain(
     layout: list[int],
     policy: str,
     scale: float,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """``sparse_attention`` as torch ops, differentiable; writes out one head's mask at a time."""
     parsed = MaskPolicy.parse(policy)
     operands = (query.detach(), key.detach(), value.detach())
-    mask = video_mask(*operands, heads, dense, layout, policy, scale)
+    mask = video_mask(*operands, heads, dense, layout, policy, scale, valid=valid)
     moved = [query, key, value]
+    exists = None if valid is None else valid[:, None, :, None].expand(-1, query.shape[1], -1, -1)
     if parsed.reorders:
         moved = [reorder(x, mask.order, mask.which) for x in moved]
+        exists = None if exists is None else reorder(exists, mask.order, mask.which)
     columns = mask.counts.shape[-1]
     kept = kept_blocks(mask.starts, mask.counts, mask.ids, columns)
     tokens, outputs = query.shape[2], []
     for head in range(query.shape[1]):
         own = expand(kept[:, head : head + 1], parsed.block, parsed.block, tokens, tokens)
         q, k, v = (x[:, head : head + 1] for x in moved)
+        if exists is not None:
+            own = own & exists[:, head : head + 1].mT
         outputs.append(
             torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=own, scale=scale)
         )
@@ -89,22 +97,25 @@ def _(
     layout: list[int],
     policy: str,
     scale: float,
+    valid: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty([*query.shape[:-1], value.shape[-1]])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
+    ctx.save_for_backward(*inputs[:5], inputs[-1])
     ctx.rest = inputs[5:8]
+    ctx.nothing = (None,) * (len(inputs) - 3)
 
 
 def _sparse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, heads, dense = ctx.saved_tensors
+    query, key, value, heads, dense, valid = ctx.saved_tensors
+    layout, policy, scale = ctx.rest
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
         q, k, v = leaves
-        out = plain(q, k, v, heads, dense, *ctx.rest)
-    return (*torch.autograd.grad(out, leaves, grad), None, None, None, None, None)
+        out = plain(q, k, v, heads, dense, layout, policy, scale, valid)
+    return (*torch.autograd.grad(out, leaves, grad), *ctx.nothing)
 
 
 sparse_attention.register_autograd(_sparse_backward, setup_context=_setup)
@@ -121,6 +132,7 @@ def reparameterized_attention(
     policy: str,
     scale: float,
     cache: str,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Sparse attention plus what its mask dropped when it was last compared with dense attention.
 
@@ -129,7 +141,11 @@ def reparameterized_attention(
     Lowering makes two programs of a graph with this op: one that compares, one that reuses.
     """
     attend = torch.nn.functional.scaled_dot_product_attention
-    return attend(query, key, value, scale=scale).contiguous()
+    return attend(query, key, value, _keys_alone(valid), scale=scale).contiguous()
+
+
+def _keys_alone(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid[:, None, None, :]
 
 
 @reparameterized_attention.register_fake
@@ -143,18 +159,19 @@ def _(
     policy: str,
     scale: float,
     cache: str,
+    valid: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty([*query.shape[:-1], value.shape[-1]])
 
 
 def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, _, _ = ctx.saved_tensors
-    scale = ctx.rest[2]
+    query, key, value, _, _, valid = ctx.saved_tensors
+    mask, scale = _keys_alone(valid), ctx.rest[2]
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
         q, k, v = leaves
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-    return (*torch.autograd.grad(out, leaves, grad), *[None] * 6)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    return (*torch.autograd.grad(out, leaves, grad), *ctx.nothing)
 
 
 reparameterized_attention.register_autograd(_dense_backward, setup_context=_setup)

@@ -357,7 +357,7 @@ class Job:
 
     def check_attention(self) -> None:
         """Raise InputError if no attention can be thinned out, with the reason of the first."""
-        reasons = [obstacle(site) for site in self.graph.sites(kind=SiteKind.ATTENTION)]
+        reasons = [obstacle(self.graph, site) for site in self.graph.sites(kind=SiteKind.ATTENTION)]
         if any(not reason for reason in reasons):
             return
         first = next((reason[1] for reason in reasons if reason), "the model has none")

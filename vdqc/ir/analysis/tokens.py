@@ -1,7 +1,9 @@
 """Which tokens of an attention are which frames, read off the symbolic shapes.
 
 A video token axis has a size such as ``s1*(s2//2)*(s3//2)``: a product in which one factor comes
-from the frame axis of an input. Further terms of a sum are text tokens, joined by a ``cat``.
+from the frame axis of an input. Further terms of a sum are text tokens, joined by a ``cat``. Where
+the tokens themselves are the input, the grid of their positions tells: an axis of their number that
+is made of three, frames first, whose sizes the call gives as numbers.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ class TokenFrames:
 
 def token_frames(graph: Graph) -> list[TokenFrames]:
     """One entry per attention site, in program order."""
-    frames = _frame_symbols(graph)
     merges = _merges(graph)
+    frames = _frame_symbols(graph) or _grid_symbols(graph, merges)
     names = _signature_names(graph)
     found = [
         _frames_of(site.name, site.node, frames, merges)
@@ -81,6 +83,8 @@ def _signature_names(graph: Graph) -> dict[str, str]:
             for size, name in zip(shape(node), entry.sizes, strict=True):
                 if isinstance(name, str) and name.isidentifier():
                     names[str(size)] = name
+        elif isinstance(entry.size, str) and entry.size.isidentifier():
+            names[str(node.meta["val"])] = entry.size
     return names
 
 
@@ -104,8 +108,7 @@ def _frames_of(
     query = node.args[0]
     assert isinstance(query, fx.Node)
     tokens = sympy.sympify(shape(query)[-2])
-    terms = list(sympy.Add.make_args(sympy.expand(tokens)))
-    video = [t for t in terms if t.free_symbols & frame_symbols]
+    terms, video = _terms(tokens, frame_symbols)
     if len(video) != 1:
         batch = sympy.sympify(shape(query)[0]).free_symbols
         in_batch = bool(batch & frame_symbols) and len(tokens.free_symbols) > 0
@@ -130,10 +133,24 @@ def _frames_of(
     )
 
 
-def _frame_symbols(graph: Graph) -> set[Any]:
-    """Symbols of the frame axis of five-dimensional inputs, [B, C, F, H, W] or [B, F, C, H, W].
+def video_tokens(graph: Graph, query: fx.Node) -> Any:
+    """Tokens of the video among those of ``query``, in the symbols of the values; None for none."""
+    frames = _frame_symbols(graph) or _grid_symbols(graph, _merges(graph))
+    _, video = _terms(sympy.sympify(shape(query)[-2]), frames)
+    return video[0] if len(video) == 1 else None
 
-    Channels do not vary, so that whichever of the two axes does holds the frames.
+
+def _terms(tokens: Any, frame_symbols: set[Any]) -> tuple[list[Any], list[Any]]:
+    """All terms of a sum, and those with frames."""
+    terms = list(sympy.Add.make_args(sympy.expand(tokens)))
+    return terms, [t for t in terms if t.free_symbols & frame_symbols]
+
+
+def _frame_symbols(graph: Graph) -> set[Any]:
+    """Symbols of the frame axis of five-dimensional inputs, [B, C, F, H, W], [B, F, C, H, W] or
+    [B, F, H, W, C].
+
+    Channels do not vary, so that they are not the frames; where both axes vary they are last.
     """
     symbols: set[Any] = set()
     for node in graph.inputs:
@@ -141,8 +158,26 @@ def _frame_symbols(graph: Graph) -> set[Any]:
         if not isinstance(value, Tensor) or value.ndim != 5:
             continue
         sizes = [sympy.sympify(size) for size in shape(node)]
-        symbols |= sizes[2].free_symbols or sizes[1].free_symbols
+        last = bool(sizes[1].free_symbols) and not sizes[4].free_symbols
+        symbols |= (not last and sizes[2].free_symbols) or sizes[1].free_symbols
     return symbols
+
+
+def _grid_symbols(graph: Graph, merges: dict[Any, list[list[Any]]]) -> set[Any]:
+    """The first of three numbers of the call that make an axis of as many as an input's tokens."""
+    numbers = {
+        node.meta["val"].node.expr
+        for node in graph.inputs
+        if isinstance(node.meta.get("val"), torch.SymInt)
+    }
+    first: set[Any] = set()
+    for node in graph.inputs:
+        for size in shape(node):
+            for sizes in merges.get(sympy.expand(sympy.sympify(size)), ()):
+                grid = [part for part in sizes if part != 1]
+                if len(grid) == 3 and set(grid) <= numbers:
+                    first.add(grid[0])
+    return first if len(first) == 1 else set()
 
 
 def _merges(graph: Graph) -> dict[Any, list[list[Any]]]:
