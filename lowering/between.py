@@ -26,7 +26,8 @@ from torch import Tensor, fx
 
 from vdqc.base import hadamard
 from vdqc.ir.graph import Graph
-from vdqc.ir.ops import KRONECKER, ROTATE
+from vdqc.ir.ops import FAKE_QUANTIZE, KRONECKER, ROTATE
+from vdqc.ir.spelling import VIEWS
 from vdqc.kernels.base import FLOAT_FORMAT, NOTHING, Cost
 from vdqc.lowering.rules import hint
 
@@ -34,12 +35,6 @@ from vdqc.lowering.rules import hint
 #: the small models of ``benchmarks/predict.py``).
 LOOP_US = 25.0
 
-_VIEWS = {
-    "alias", "chunk", "detach", "expand", "getitem", "lift_fresh_copy", "narrow", "permute",
-    "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose",
-    "unbind", "unflatten", "unsqueeze", "view", "_unsafe_view", "contiguous", "view_as",
-    "fake_quantize",
-}  # fmt: skip
 _HEAVY = {
     "cos", "div", "erf", "exp", "gelu", "log", "pow", "reciprocal", "rsqrt", "sigmoid", "silu",
     "sin", "sqrt", "tanh", "true_divide",
@@ -131,8 +126,8 @@ class _Flow:
 
 
 def is_view(node: fx.Node) -> bool:
-    """True for an op that moves nothing, or only where its reader would."""
-    return node.op == "call_function" and _name(node) in _VIEWS
+    """True for an op that moves nothing, or only where its reader would, as a quantiser does."""
+    return node.op == "call_function" and (node.target in VIEWS or node.target is FAKE_QUANTIZE)
 
 
 def _name(node: fx.Node) -> str:

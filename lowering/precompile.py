@@ -1,8 +1,9 @@
 """Every GPU kernel that a lowered program launches, compiled beforehand on any machine.
 
-Each ``vdqc_kernels::`` call goes through its GPU route once, with tensors of the shapes, dtypes and
-strides that the captured example has and no memory, on a GPU that is not there (``gpu.absent``).
-Equal calls, as those of equal blocks, are made once. Dense attention is torch's own and needs none.
+Each ``vdqc_kernels::`` call goes through its GPU route for every size of the samples, with tensors
+of the shapes, dtypes and strides that it has there and no memory, on a GPU that is not there
+(``gpu.absent``). Equal calls, as those of equal blocks, are made once, and calls that ask for the
+same kernel store one. Dense attention is torch's own and needs none.
 
 A launch at other sizes finds the same kernel where sizes are specialised alike: Triton tells
 multiples of 16 and the number 1 from the rest, and tiles may depend on the number of rows.
@@ -11,7 +12,7 @@ multiples of 16 and the number 1 from the rest, and tiles may depend on the numb
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,22 @@ from vdqc.kernels.attention import ATTENTION
 from vdqc.kernels.base import Kernel
 from vdqc.kernels.table import KERNELS
 from vdqc.lowering.residual import has_residuals, split
-from vdqc.lowering.rules import hint
+from vdqc.lowering.rules import hint, sized_like, sizes_of
 
 #: Where the kernels are, in the artifact's folder.
 CUBINS = "cubins"
 
 
-def precompile(graph: Graph, target: Target, folder: Path, diagnostics: Diagnostics) -> int:
+def precompile(
+    graph: Graph,
+    target: Target,
+    folder: Path,
+    diagnostics: Diagnostics,
+    calls: Iterable[Mapping[str, Any]],
+) -> int:
     """Compile what ``graph`` (lowered) launches on ``target`` into ``folder``; how many kernels.
 
+    ``calls`` are keyword arguments of the model; the index says which sizes they have.
     A call whose route fails is left to its first run, with a warning. Raises LoweringError for a
     target that is no GPU, or without Triton.
     """
@@ -41,29 +49,60 @@ def precompile(graph: Graph, target: Target, folder: Path, diagnostics: Diagnost
     from vdqc.kernels.gpu.absent import absent
     from vdqc.kernels.gpu.stored import keep
 
-    routes, done = _routes(), set()
+    distinct = {tuple(sorted(sizes_of(graph, c).items(), key=str)): c for c in calls}
+    launches = list(_launches(graph))
+    done: set[str] = set()
+    failed: set[fx.Node] = set()
     with absent(target.name) as found:
-        for node in _nodes(graph):
-            kernel = routes.get(node.target)
-            if kernel is None or kernel.cuda is None or kernel is ATTENTION:
-                continue
-            key = str((kernel.name, fx.map_arg((node.args, dict(node.kwargs)), _described)))
-            if key in done:
-                continue
-            done.add(key)
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), _stand_in)
-            try:
-                kernel.cuda(*args, **kwargs)
-            except Exception as error:  # whatever a route does with tensors that are not there
-                line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                diagnostics.warning(
-                    "",
-                    "not-precompiled",
-                    f"{kernel.name} (%{node.name}) will be compiled at its first run: {line}",
-                )
-    count = keep(folder, target.name, found)
-    diagnostics.remark("", "precompiled", f"{count} kernels were compiled for {target}")
+        for inputs in distinct.values():
+            with sized_like(graph, inputs):
+                for node, kernel in launches:
+                    if node not in failed and (fault := _launch(node, kernel, done)):
+                        failed.add(node)
+                        diagnostics.warning(
+                            "",
+                            "not-precompiled",
+                            f"{kernel.name} (%{node.name}) will be compiled at its first run: "
+                            f"{fault}",
+                        )
+    sizes = [input_shapes(graph, inputs) for inputs in distinct.values()]
+    count = keep(folder, target.name, found, sizes)
+    diagnostics.remark(
+        "",
+        "precompiled",
+        f"{count} kernels were compiled for {target}, for calls of {len(sizes)} sizes",
+    )
     return count
+
+
+def input_shapes(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Shapes of the tensors that a call with these keyword arguments gives, by name."""
+    given = zip(graph.inputs, graph.signature.bind((), inputs), strict=True)
+    return {node.name: list(value.shape) for node, value in given if isinstance(value, Tensor)}
+
+
+def _launches(graph: Graph) -> Iterator[tuple[fx.Node, Kernel]]:
+    """Calls that have a route on GPUs, dense attention aside."""
+    routes = _routes()
+    for node in _nodes(graph):
+        kernel = routes.get(node.target)
+        if kernel is not None and kernel.cuda is not None and kernel is not ATTENTION:
+            yield node, kernel
+
+
+def _launch(node: fx.Node, kernel: Kernel, done: set[str]) -> str | None:
+    """Take one call through its route, unless an equal one is ``done``; what went wrong, if so."""
+    key = str((kernel.name, fx.map_arg((node.args, dict(node.kwargs)), _described)))
+    if key in done:
+        return None
+    done.add(key)
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), _stand_in)
+    assert kernel.cuda is not None
+    try:
+        kernel.cuda(*args, **kwargs)
+    except Exception as error:  # whatever a route does with tensors that are not there
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def offer_precompiled(folder: Path, device: torch.device) -> int:

@@ -150,8 +150,8 @@ def compile(
                 "between": between,
             }
             if precompile:
-                with sized_like(graph, source.samples[0].inputs):
-                    compile_kernels(graph, machine, folder / CUBINS, diagnostics)
+                calls_made = [sample.inputs for sample in source.samples]
+                compile_kernels(graph, machine, folder / CUBINS, diagnostics, calls_made)
             artifact.write(
                 graph,
                 folder,

@@ -3,7 +3,8 @@
 ::
 
     cubins/
-      index.json                      Triton's version and build, generation of the GPU, every key
+      index.json                      Triton's version and build, generation of the GPU, shapes of
+                                      the inputs of the calls that it serves, every key
       <key>/byte_gemm.cubin .json     what a launch with that key runs, and how
 
 ``keep`` fills the folder with what ``absent`` compiled. ``offer`` puts its kernels before Triton's
@@ -23,7 +24,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -56,8 +57,16 @@ class Wheel:
         )
 
 
-def keep(folder: Path, arch: str, kernels: Mapping[str, Mapping[str, Path]]) -> int:
-    """Copy the cubins that ``absent`` found into ``folder`` and write its index; how many."""
+def keep(
+    folder: Path,
+    arch: str,
+    kernels: Mapping[str, Mapping[str, Path]],
+    sizes: Sequence[Mapping[str, Sequence[int]]] = (),
+) -> int:
+    """Copy the cubins that ``absent`` found into ``folder`` and write its index; how many.
+
+    ``sizes``: shapes of the inputs, by name, of the calls that they serve.
+    """
     wheel, rows = Wheel.here(), []
     for key, files in sorted(kernels.items()):
         code = next((path for name, path in files.items() if name.endswith(".cubin")), None)
@@ -74,7 +83,8 @@ def keep(folder: Path, arch: str, kernels: Mapping[str, Mapping[str, Path]]) -> 
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         rows.append({"key": key, "name": code.stem, "sha256": hashes})
     folder.mkdir(parents=True, exist_ok=True)
-    index = {"triton": wheel.version, "build": wheel.build, "arch": arch, "kernels": rows}
+    index: dict[str, Any] = {"triton": wheel.version, "build": wheel.build, "arch": arch}
+    index |= {"sizes": list(sizes), "kernels": rows}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     return len(rows)
 

@@ -97,7 +97,7 @@ def _strides_matter(node: fx.Node) -> bool:
         user = frontier.pop()
         if user.target in _STRIDED:
             return True
-        if user.target in _VIEWS and user not in seen:
+        if user.target in VIEWS and user not in seen:
             seen.add(user)
             frontier.extend(user.users)
     return False
@@ -125,19 +125,38 @@ _COPIES = {
     A.expand.default,
     A.reshape.default,
 }
-_VIEWS = {
-    A.reshape.default,
-    A.permute.default,
-    A.transpose.int,
-    A.unsqueeze.default,
-    A.slice.Tensor,
-    A.select.int,
-    A.expand.default,
-    A.split.Tensor,
-    A.split_with_sizes.default,
-    A.unbind.int,
-    operator.getitem,
-}
+#: Ops that only say where values lie, in canonical spelling and in those that stand where sizes are
+#: not known; and copies, which move values for their reader alone.
+VIEWS = frozenset(
+    {
+        A._unsafe_view.default,
+        A.alias.default,
+        A.chunk.default,
+        A.contiguous.default,
+        A.detach.default,
+        A.expand.default,
+        A.lift_fresh_copy.default,
+        A.narrow.default,
+        A.permute.default,
+        A.reshape.default,
+        A.select.int,
+        A.slice.Tensor,
+        A.split.Tensor,
+        A.split.sizes,
+        A.split_with_sizes.default,
+        A.squeeze.default,
+        A.squeeze.dim,
+        A.squeeze.dims,
+        A.t.default,
+        A.transpose.int,
+        A.unbind.int,
+        A.unflatten.int,
+        A.unsqueeze.default,
+        A.view.default,
+        A.view_as.default,
+        operator.getitem,
+    }
+)
 _STRIDED = {A.view_as_complex.default, A.as_strided.default, A.view.dtype}
 _ONE = {A.mul.Tensor, A.div.Tensor}
 _ZERO = {A.add.Tensor, A.sub.Tensor}
