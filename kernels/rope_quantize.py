@@ -5,7 +5,8 @@ x              float[B, T, H, D]         may be strided, such as a third of a jo
 norm           none, rms, layer          over D, weight and bias [D]; ``rms_across``: over all
                                          heads, weight [H D]
 cos, sin       None, float[R, D/2]       or [B, R, D/2]; pair i of the tokens start ... start + R is
-                                         turned, the other tokens (text) are not
+                                         turned, the other tokens (text) are not; D in place of
+                                         D/2: each channel has factors of its own
 interleaved    bool                      pairs are channels 2i, 2i + 1; else i, i + D/2
 smooth         bool                      subtract the mean over tokens; of keys, softmax does not
                                          see it
@@ -133,9 +134,10 @@ def _check(x: Tensor, norm: str, cos: Tensor | None, sin: Tensor | None, start: 
         if cos is not sin:
             raise InputError("expected both cos and sin, or neither")
         return
-    if cos.shape != sin.shape or cos.shape[-1] != x.shape[3] // 2:
+    half, width = x.shape[3] // 2, x.shape[3]
+    if cos.shape != sin.shape or cos.shape[-1] not in (half, width):
         raise InputError(
-            f"cos, sin: expected [.., {x.shape[3] // 2}] alike, got {list(cos.shape)} and "
+            f"cos, sin: expected [.., {half}] or [.., {width}] alike, got {list(cos.shape)} and "
             f"{list(sin.shape)}"
         )
     if not 0 <= start <= x.shape[1] - cos.shape[-2]:
@@ -162,12 +164,21 @@ def _normed(
 
 
 def _turned(value: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    def members(row: Tensor) -> tuple[Tensor, Tensor]:
+        if row.shape[-1] < value.shape[-1]:
+            return row, row
+        if interleaved:
+            one, other = row.unflatten(-1, (-1, 2)).unbind(-1)
+        else:
+            one, other = row.chunk(2, -1)
+        return one, other
+
+    (one, other), cosines, sines = map(members, (value, cos.unsqueeze(-2), sin.unsqueeze(-2)))
+    first = one * cosines[0] - other * sines[0]
+    second = other * cosines[1] + one * sines[1]
     if interleaved:
-        one, other = value.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((one * cos - other * sin, other * cos + one * sin), -1).flatten(-2)
-    one, other = value.chunk(2, -1)
-    return torch.cat((one * cos - other * sin, other * cos + one * sin), -1)
+        return torch.stack((first, second), -1).flatten(-2)
+    return torch.cat((first, second), -1)
 
 
 def _fake_means(x: Tensor, block: int) -> Tensor:

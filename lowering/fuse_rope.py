@@ -12,10 +12,18 @@
     %c = vdqc_kernels.quantize_rows(%q - mean(%q, 2), 127, False)
         ->  %c = vdqc_kernels.rope_quantize(%h of %x, ..., smooth=True)
 
-Halves are what ``lowering.fuse`` makes of pairs; a norm of each head comes after the reshape. Codes
-are made before tokens are brought in the order of a mask, which moves codes and scales instead. A
-mask that does not look at queries and keys is given values to take its sizes from; where it looks,
-codes are quantised from the rotated values. Everything is float32 inside, rounded once.
+    %a, %b = aten.unbind(aten.reshape(%h, [B, T, H, D/2, 2]), -1)
+    %p = aten.reshape(aten.stack([-%b, %a], -1), [B, T, H, D])
+    %q = aten.permute(%h * %cos + %p * %sin, [0, 2, 1, 3])
+        ->  %q = vdqc_kernels.rope(%h, ..., %cos, %sin, 0, True, 128)      tables [T, D]
+
+    aten.permute(aten.cat([%r, %text], 1))   ->  aten.cat([%q, aten.permute(%text)], 2)
+    the same, %r and %text slices of one %h  ->  one rope over all of %h, its table as long as %r
+
+A norm of each head comes after the reshape; ``lowering.rope_forms`` knows the spellings. Codes are
+made before tokens are brought in the order of a mask, which moves codes and scales instead. A mask
+that does not look at queries and keys is given values to take its sizes from; where it looks, codes
+are quantised from the rotated values. Everything is float32 inside, rounded once.
 
 Source: Su et al., RoFormer, arXiv 2104.09864, eq. 34.
 """
@@ -23,8 +31,7 @@ Source: Su et al., RoFormer, arXiv 2104.09864, eq. 34.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import fx
@@ -35,16 +42,17 @@ from vdqc.kernels.quantize_rows import QUANTIZE_ROWS
 from vdqc.kernels.rope_quantize import ROPE, ROPE_QUANTIZE
 from vdqc.kernels.token_order import TOKEN_ORDER
 from vdqc.kernels.video_mask import VIDEO_MASK
+from vdqc.lowering.rope_forms import Turned, cut_from, only_user, partnered, turned_halves, uncast
 
 A = torch.ops.aten
 #: Tokens of a block of means, which nothing reads yet.
 _BLOCK = 128
-_WIDEST = 256
 
 
 def fuse_rope(graph: Graph) -> tuple[int, int]:
     """Fuse in place; (rotary embeddings, quantisers behind them) that became one kernel."""
     ropes = sum(_fuse_rope(graph, n) for n in graph.nodes if n.target is A.cat.default)
+    ropes += sum(_fuse_partner(graph, n) for n in graph.nodes if n.target is A.add.Tensor)
     codes = sum(_fuse_codes(graph, n) for n in graph.nodes if n.target is QUANTIZE_ROWS.op)
     return ropes, codes
 
@@ -52,109 +60,14 @@ def fuse_rope(graph: Graph) -> tuple[int, int]:
 # norm and rotation --------------------------------------------------------------------------------
 
 
-@final
-@dataclass(frozen=True)
-class _Rope:
-    """``x`` is [B, T, H, D] once reshaped like ``heads``; tables are [.., T, 1, D/2]."""
-
-    heads: fx.Node
-    cos: fx.Node
-    sin: fx.Node
-
-
 def _fuse_rope(graph: Graph, cat: fx.Node) -> bool:
-    found = _rope(cat)
-    way = _only_user(cat)
+    found = turned_halves(cat)
+    way = only_user(cat)
     if found is None or way is None or not _swaps_heads_and_tokens(way):
         return False
-    x, norm, weight, bias, eps = _norm(found.heads)
-    before = cat
-    if norm == "rms_across":
-        x = graph.call(A.reshape.default, x, found.heads.args[1], before=before)
-    tables = [_table(graph, table, before) for table in (found.cos, found.sin)]
-    both = graph.call(ROPE.op, x, norm, weight, bias, eps, *tables, 0, False, _BLOCK, before=before)
-    graph.replace(way, graph.call(operator.getitem, both, 0, before=before))
+    graph.replace(way, _emit(graph, found, found.heads, cat))
     graph.module.graph.eliminate_dead_code()
     return True
-
-
-def _rope(cat: fx.Node) -> _Rope | None:
-    """``cat([a cos - b sin, a sin + b cos], -1)`` where a and b are the halves of heads."""
-    parts, axis = [*cat.args, 0][:2]
-    if not isinstance(parts, (list, tuple)) or len(parts) != 2:
-        return None
-    rank = cat.meta["val"].ndim
-    if rank != 4 or axis not in (-1, 3):
-        return None
-    first, second = map(_uncast, parts)
-    if first.target is not A.sub.Tensor or second.target is not A.add.Tensor:
-        return None
-    if first.kwargs or second.kwargs:
-        return None
-    one, two = _product(first.args[0]), _product(first.args[1])
-    if one is None or two is None:
-        return None
-    a, cos = one
-    b, sin = two
-    wanted = [{a, sin}, {b, cos}]
-    given = [_product(operand) for operand in second.args[:2]]
-    if any(pair is None for pair in given):
-        return None
-    if [set(pair) for pair in given if pair] not in (wanted, wanted[::-1]):
-        return None
-    heads = _heads(a, b)
-    if heads is None or not (_is_table(cos, heads) and _is_table(sin, heads)):
-        return None
-    return _Rope(heads, cos, sin)
-
-
-def _product(node: Any) -> tuple[fx.Node, fx.Node] | None:
-    """(half of heads, table) of their product, seen through casts."""
-    node = _uncast(node)
-    if not isinstance(node, fx.Node) or node.target is not A.mul.Tensor:
-        return None
-    operands = [_uncast(operand) for operand in node.args[:2]]
-    if not all(isinstance(operand, fx.Node) for operand in operands):
-        return None
-    halves = [operand for operand in operands if operand.target is operator.getitem]
-    if len(halves) != 1:
-        return None
-    other = operands[1] if operands[0] is halves[0] else operands[0]
-    return halves[0], other
-
-
-def _heads(a: fx.Node, b: fx.Node) -> fx.Node | None:
-    """[B, T, H, D] whose first and second half ``a`` and ``b`` are."""
-    unbound: Any
-    other: Any
-    unbound, other = a.args[0], b.args[0]
-    if unbound is not other or (a.args[1], b.args[1]) != (0, 1):
-        return None
-    if unbound.target is not A.unbind.int or unbound.args[1] not in (-2, 3):
-        return None
-    pairs: Any = unbound.args[0]
-    if pairs.target is not A.reshape.default or set(pairs.users) != {unbound}:
-        return None
-    heads: Any = pairs.args[0]
-    shape, split = heads.meta["val"].shape, pairs.meta["val"].shape
-    if len(shape) != 4 or len(split) != 5 or set(heads.users) != {pairs}:
-        return None
-    width = shape[-1]
-    if not isinstance(width, int) or width % 2 or width > _WIDEST:
-        return None
-    return heads if list(split[-2:]) == [2, width // 2] else None
-
-
-def _is_table(node: fx.Node, heads: fx.Node) -> bool:
-    """True for [1 or B, T, 1, D/2]."""
-    shape, like = node.meta["val"].shape, heads.meta["val"].shape
-    if len(shape) != 4 or shape[2] != 1 or shape[3] != like[3] // 2:
-        return False
-    return _equal(shape[1], like[1]) and (shape[0] == 1 or _equal(shape[0], like[0]))
-
-
-def _equal(one: Any, other: Any) -> bool:
-    return str(one) == str(other)
 
 
 def _table(graph: Graph, node: fx.Node, before: fx.Node) -> fx.Node:
@@ -163,6 +76,54 @@ def _table(graph: Graph, node: fx.Node, before: fx.Node) -> fx.Node:
     if node.meta["val"].shape[0] == 1:
         flat = graph.call(A.select.int, flat, 0, 0, before=before)
     return flat
+
+
+def _fuse_partner(graph: Graph, total: fx.Node) -> bool:
+    """``h * cos + partner(h) * sin``, alone or joined with text that is not turned."""
+    rope = partnered(total)
+    if rope is None:
+        return False
+    end = total
+    while (cast := only_user(end)) is not None and uncast(cast) is not cast:
+        end = cast
+    way = only_user(end)
+    if way is None or end.meta["val"].dtype != rope.heads.meta["val"].dtype:
+        return False
+    if _swaps_heads_and_tokens(way):
+        graph.replace(way, _emit(graph, rope, rope.heads, way))
+    elif way.target is A.cat.default and list(way.args[1:]) == [1]:
+        swap = only_user(way)
+        if swap is None or not _swaps_heads_and_tokens(swap):
+            return False
+        parts: list[fx.Node] = list(way.args[0])  # type: ignore[arg-type]
+        whole = cut_from(rope.heads, [rope.heads if part is end else part for part in parts])
+        if whole is not None and parts[0] is end:
+            graph.replace(swap, _emit(graph, rope, whole, swap))
+        else:
+            turned = _emit(graph, rope, rope.heads, swap)
+            swapped = [
+                turned
+                if part is end
+                else graph.call(swap.target, part, *swap.args[1:], before=swap)
+                for part in parts
+            ]
+            graph.replace(swap, graph.call(A.cat.default, swapped, 2, before=swap))
+    else:
+        return False
+    graph.module.graph.eliminate_dead_code()
+    return True
+
+
+def _emit(graph: Graph, rope: Turned, heads: fx.Node, before: fx.Node) -> fx.Node:
+    """The kernel in front of ``before``, over all tokens of ``heads``; [B, H, T, D]."""
+    x, norm, weight, bias, eps = _norm(heads)
+    if norm == "rms_across":
+        x = graph.call(A.reshape.default, x, heads.args[1], before=before)
+    tables = [_table(graph, table, before) for table in (rope.cos, rope.sin)]
+    both = graph.call(
+        ROPE.op, x, norm, weight, bias, eps, *tables, 0, rope.interleaved, _BLOCK, before=before
+    )
+    return graph.call(operator.getitem, both, 0, before=before)
 
 
 def _norm(heads: fx.Node) -> tuple[fx.Node, str, Any, Any, float]:
@@ -209,7 +170,7 @@ def _fuse_codes(graph: Graph, quantiser: fx.Node) -> bool:
         return False
     moved = x if x.target is TOKEN_ORDER.op and x.args[3] is None else None
     values: Any = x if moved is None else x.args[0]
-    if moved is not None and _only_user(moved) is not quantiser:
+    if moved is not None and only_user(moved) is not quantiser:
         return False
     centred = _uncentred(values)
     rotated: Any = values if centred is None else centred
@@ -258,15 +219,6 @@ def _looks_nowhere(mask: fx.Node, values: fx.Node) -> bool:
     assert isinstance(value, fx.Node)
     same = str(value.meta["val"].shape) == str(values.meta["val"].shape)
     return same and value is not values and values in (query, key)
-
-
-def _uncast(node: Any) -> Any:
-    cast = isinstance(node, fx.Node) and node.target is A._to_copy.default
-    return node.args[0] if cast and set(node.kwargs) == {"dtype"} else node
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _operand(node: fx.Node, index: int) -> fx.Node:

@@ -70,7 +70,7 @@ def _rope(  # noqa: C901 - decided at compilation
     tokens, heads, group, tiles, start, turned, angle_batch,
     x_batch, x_token, x_head, eps,
     NORM: tl.constexpr, INTERLEAVED: tl.constexpr, CODES: tl.constexpr, HALF: tl.constexpr,
-    TOKENS: tl.constexpr, P: tl.constexpr,
+    TOKENS: tl.constexpr, P: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
     first_head = (tl.program_id(0) // tiles) * group
@@ -84,10 +84,17 @@ def _rope(  # noqa: C901 - decided at compilation
     last_head = tl.minimum(first_head + group, heads)
     if cos is not None:
         angle = token - start
-        fits = (angle >= 0) & (angle < turned) & (place < HALF)
-        angle_at = batch * angle_batch + angle.to(tl.int64) * HALF + place
-        cosine = tl.load(cos + angle_at, mask=fits, other=1.0).to(tl.float32)
-        sine = tl.load(sin + angle_at, mask=fits, other=0.0).to(tl.float32)
+        fits = (angle >= 0) & (angle < turned)
+        if WHOLE:
+            angle_at = batch * angle_batch + angle.to(tl.int64) * (2 * HALF)
+            cosine, cosine_2 = _pair(cos, angle_at, fits, HALF, TOKENS, P, INTERLEAVED)
+            sine, sine_2 = _pair(sin, angle_at, fits, HALF, TOKENS, P, INTERLEAVED)
+            cosine, cosine_2 = tl.where(fits, cosine, 1.0), tl.where(fits, cosine_2, 1.0)
+        else:
+            fits = fits & (place < HALF)
+            angle_at = batch * angle_batch + angle.to(tl.int64) * HALF + place
+            cosine = tl.load(cos + angle_at, mask=fits, other=1.0).to(tl.float32)
+            sine = tl.load(sin + angle_at, mask=fits, other=0.0).to(tl.float32)
     if NORM == "rms_across":
         squares = tl.zeros((TOKENS, 1), tl.float32)
         for every in range(0, heads):
@@ -116,7 +123,9 @@ def _rope(  # noqa: C901 - decided at compilation
         if bias is not None:
             left, right = _pair(bias, of_head, always, HALF, 1, P, INTERLEAVED)
             one, other = one + left, other + right
-        if cos is not None:
+        if WHOLE:
+            one, other = one * cosine - other * sine, other * cosine_2 + one * sine_2
+        elif cos is not None:
             one, other = one * cosine - other * sine, other * cosine + one * sine
         one, other = tl.where(real, one, 0.0), tl.where(real, other, 0.0)
 
@@ -240,7 +249,7 @@ def _launch(
             tiles,
             steps.start,
             0 if cos is None else cos.shape[-2],
-            0 if cos is None or cos.ndim == 2 else cos.shape[1] * half,
+            0 if cos is None or cos.ndim == 2 else cos.stride(0),
             x.stride(0),
             x.stride(1),
             x.stride(2),
@@ -251,6 +260,7 @@ def _launch(
             HALF=half,
             TOKENS=tile,
             P=triton.next_power_of_2(half),
+            WHOLE=cos is not None and cos.shape[-1] == width,
             num_warps=_warps(tile, half),
             enable_fp_fusion=False,
         )
@@ -262,13 +272,17 @@ def _warps(tile: int, half: int) -> int:
 
 
 def _angles(name: str, table: Tensor | None, x: Tensor) -> Tensor | None:
-    shape: list[int | None] = [None, x.shape[3] // 2]
-    if table is not None and table.ndim == 3:
+    if table is None:
+        return None
+    shape = [None, x.shape[3] if table.shape[-1] == x.shape[3] else x.shape[3] // 2]
+    if table.ndim == 3:
         shape = [x.shape[0], *shape]
     return parameter(name, table, shape, x.device)
 
 
-def _variant(name: str, width: int, norm: str, interleaved: bool, smooth: str = "") -> Variant:
+def _variant(
+    name: str, width: int, norm: str, interleaved: bool, smooth: str = "", whole: bool = False
+) -> Variant:
     """One launch: all at once, or one of the two that smoothing takes."""
     types = {
         "x": "*bf16", "weight": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*i8",
@@ -281,6 +295,7 @@ def _variant(name: str, width: int, norm: str, interleaved: bool, smooth: str = 
     values = {
         "bias": None, "start": 0, "angle_batch": 0, "NORM": norm, "INTERLEAVED": interleaved,
         "CODES": smooth != "sums", "HALF": width // 2, "TOKENS": tile, "P": width // 2,
+        "WHOLE": whole,
         **dict.fromkeys(absent),
     }  # fmt: skip
     return Variant(
@@ -300,4 +315,6 @@ VARIANTS = [
     _variant("128-across-halves", 128, "rms_across", False),
     _variant("128-across-pairs-sums", 128, "rms_across", True, "sums"),
     _variant("128-across-pairs-codes", 128, "rms_across", True, "codes"),
+    _variant("128-rms-pairs-whole", 128, "rms", True, whole=True),
+    _variant("128-across-halves-whole", 128, "rms_across", False, whole=True),
 ]

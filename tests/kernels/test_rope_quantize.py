@@ -49,6 +49,27 @@ def test_pairs_are_turned_and_text_is_not(interleaved: bool, start: int, count: 
     )
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_tables_as_wide_as_heads(interleaved: bool) -> None:
+    """Twice the same angle is the table of pairs; other factors are each channel's own."""
+    x, table = torch.randn(2, 9, 3, 12), angles(7, 6)
+    wide = [t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in table]
+    narrow = K.rope(x, "none", None, None, 0.0, *table, 1, interleaved, 4)
+    for found, expected in zip(
+        K.rope(x, "none", None, None, 0.0, *wide, 1, interleaved, 4), narrow, strict=True
+    ):
+        assert torch.equal(found, expected)
+    cos, sin = torch.randn(9, 12), torch.randn(9, 12)
+    out, _ = K.rope(x, "none", None, None, 0.0, cos, sin, 0, interleaved, 4)
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        partner = torch.stack((-b, a), -1).flatten(-2)
+    else:
+        partner = torch.cat((-x[..., 6:], x[..., :6]), -1)
+    expected = (x * cos[:, None] + partner * sin[:, None]).transpose(1, 2)
+    assert relative_error(out, expected) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("norm", ["rms", "layer", "rms_across"])
 def test_norms(norm: str) -> None:
     x = torch.randn(2, 5, 3, 8) + 1

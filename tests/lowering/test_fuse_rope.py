@@ -56,11 +56,46 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
-def compressed(norm: str, dtype: torch.dtype, *more: Any) -> tuple[Graph, Sample]:
+class Joined(Attention):
+    """As diffusers turns: ``x cos + partner(x) sin`` with tables as wide as a head, text behind.
+
+    ``form``: ``alone`` without text; ``joined`` with text of its own; ``sliced`` with the last
+    tokens as text.
+    """
+
+    def __init__(self, form: str, pairs: bool) -> None:
+        super().__init__(128, 2, "each")
+        self.form, self.pairs = form, pairs
+
+    def rotated(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.unflatten(-1, (self.heads, -1))
+        if self.form == "alone":
+            return self.turned(norm(x), cos, sin)
+        cos, sin = cos[:, :-7], sin[:, :-7]
+        if self.form == "joined":
+            return torch.cat([self.turned(norm(x[:, :-7]), cos, sin), x[:, -7:]], 1)
+        x = norm(x)
+        return torch.cat([self.turned(x[:, :-7], cos, sin), x[:, -7:]], 1)
+
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = (torch.cat([table, 0.9 * table], -1) for table in (cos, sin))
+        if self.pairs:
+            a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+            partner = torch.stack([-b, a], -1).flatten(3)
+        else:
+            a, b = x.reshape(*x.shape[:-1], 2, -1).unbind(-2)
+            partner = torch.cat([-b, a], -1)
+        return (x.float() * cos + partner.float() * sin).to(x.dtype)
+
+
+def compressed(
+    norm: str, dtype: torch.dtype, *more: Any, model: nn.Module | None = None
+) -> tuple[Graph, Sample]:
     torch.manual_seed(0)
-    model = Attention(128, 2, norm).eval()
+    model = model or Attention(128, 2, norm)
+    model.eval()
     with torch.no_grad():
-        for parameter in model.norms.parameters():
+        for parameter in model.get_submodule("norms").parameters():
             parameter.uniform_(0.5, 1.5)
     samples = [
         Sample({"x": torch.randn(b, 1, *size).to(dtype), "timestep": torch.full((b,), t)}, t)
@@ -100,6 +135,22 @@ def test_norm_and_rotation_become_one_kernel(norm: str, dtype: torch.dtype) -> N
     assert [node.args[1] for node in found] == [kinds[norm]] * 2, str(graph)
     assert not [n for n in graph.nodes if "rms_norm" in str(n.target)]
     assert relative_error(output(graph, sample), expected) < max(TOLERANCE[dtype], 0.01)
+
+
+@pytest.mark.parametrize(
+    ("form", "pairs"), [("alone", True), ("alone", False), ("joined", True), ("sliced", True)]
+)
+def test_heads_times_cosines_plus_partners_times_sines(form: str, pairs: bool) -> None:
+    graph, sample = compressed("each", BF16, model=Joined(form, pairs))
+    expected, before = output(graph, sample), str(graph)
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    found = calls(graph, "rope")
+    assert [node.args[1] for node in found] == ["rms"] * 2, before + str(graph)
+    assert [node.args[8] for node in found] == [pairs] * 2
+    assert [node.args[5].meta["val"].shape[-1] for node in found] == [64] * 2
+    for name in ("neg", "stack"):
+        assert not [n for n in graph.nodes if n.target is getattr(torch.ops.aten, name).default]
+    assert relative_error(output(graph, sample), expected) < 0.01
 
 
 def test_the_text_before_and_after() -> None:

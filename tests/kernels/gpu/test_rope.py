@@ -18,10 +18,12 @@ NORMS = ["none", "rms", "layer", "rms_across"]
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def given(x: Tensor, norm: str, interleaved: bool, start: int = 0, turned: int = 0) -> list[Any]:
+def given(
+    x: Tensor, norm: str, interleaved: bool, start: int = 0, turned: int = 0, whole: bool = False
+) -> list[Any]:
     """The arguments between x and the last ones, weights in other dtypes than x."""
     size = x.shape[2] * x.shape[3] if norm == "rms_across" else x.shape[3]
-    table = torch.rand(turned or x.shape[1], x.shape[3] // 2) * 6
+    table = torch.rand(turned or x.shape[1], x.shape[3] // (1 if whole else 2)) * 6
     weight = None if norm == "none" else (torch.rand(size) + 0.5).to(BF16)
     bias = torch.randn(size) / 4 if norm == "layer" else None
     return [norm, weight, bias, 1e-6, table.cos(), table.sin(), start, interleaved]
@@ -64,6 +66,17 @@ def test_shapes(tokens: int, block: int, heads: int, width: int, device: str) ->
     x = torch.randn(1, tokens, heads, width)
     for interleaved in (False, True):
         compare(x, given(x, "none", interleaved), False, block, device)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("width", [12, 32])
+def test_tables_as_wide_as_heads(width: int, interleaved: bool, device: str) -> None:
+    """Each channel has factors of its own, with text behind and a table for each sequence."""
+    x = torch.randn(2, 47, 3, width)
+    arguments = given(x, "rms", interleaved, 3, 40, whole=True)
+    compare(x, arguments, False, 16, device)
+    arguments[4], arguments[5] = (torch.stack((t, t.flip(0))) for t in arguments[4:6])
+    compare(x, arguments, True, 16, device)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
