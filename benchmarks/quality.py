@@ -35,7 +35,7 @@ import torch
 from quality_ablations import ABLATIONS, ablated, is_ablation
 from quality_ablations import names as ablations
 from quality_memo import once_captured, once_run
-from quality_models import MOVING, SOURCES, record_calls
+from quality_models import GENERATIONS, MOVING, SOURCES, record_calls
 from quality_sparsity import VARIANTS, facts, is_sparse, passes
 from torch import Tensor, nn
 
@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--densities", default="0.5,0.25", help="of the variants of 'sparsity'")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--videos", type=int, default=1, help="generations of eight videos each")
+    parser.add_argument("--generations", type=int, default=0, help="by default the model's own")
     parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     return parser.parse_args()
@@ -157,7 +157,7 @@ def measure(
         seconds = elapsed(begin)
         data = report_data(artifact)
         compiled = load(artifact.path)
-        seeds = tuple(range(options.videos))
+        seeds = tuple(range(options.generations or GENERATIONS[job["model"]]))
         found = check(compiled, source, seeds=seeds, timing_runs=0, sites=False)
         assert found.frames is not None
         return {
@@ -172,6 +172,7 @@ def measure(
             "effective_bits": round(data.effective_bits or 0.0, 3),
             "bytes": found.bytes_compiled,
             "seconds": seconds,
+            "generations": len(seeds),
             **facts(artifact),
             "steps": [round(step.sqnr_db, 2) for step in found.steps],
         }

@@ -26,6 +26,7 @@ AXES = {"B": "batch", "F": "frames", "HW": "height and width", "L": "text length
 MODELS = {
     "digits": "a Wan-architecture video transformer (examples/digits)",
     "planted": "the same function with outlier channels planted by exact scaling",
+    "large": "the same architecture at 4096 tokens (examples/digits_large)",
     "unet": "a class-conditional UNet (examples/digits_unet)",
     "views": "a VGGT-like model of poses and depth (examples/views)",
 }
@@ -194,7 +195,8 @@ def sparsity_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         "## Part by part",
         "",
-        "The digits model has 512 video tokens, so blocks are 32 tokens instead of 128. `naive` is",
+        "The digits model has 512 video tokens, so blocks are 32 tokens instead of 128; the large",
+        "one has 4096 and blocks of 128. `naive` is",
         "rotation and rounding to nearest, `learned` learns on the block error alone, `msad` with",
         "the attention terms, `joint` with the masks in place; `first`, `second` and `linear` add",
         "what the masks drop. The residual makes every fifth step dense: the share that is",

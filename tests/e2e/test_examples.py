@@ -84,3 +84,34 @@ def test_a_rendered_room_is_the_same_place_from_every_view() -> None:
     assert inside.float().mean() > 0.3
     assert (ratio > 0.95).float().mean() > 0.95  # a pixel's edge may stand out
     assert ((ratio - 1).abs() < 0.05).float().mean() > 0.7  # the rest is hidden there
+
+
+def test_digits_large_sees_digits_through_noise() -> None:
+    source, own = example("digits_large")
+    data, classifier = own["sampler"].data, own["classifier"]
+    judge = classifier.load_reader(EXAMPLES / "digits_large" / "classifier.safetensors")
+
+    random = torch.Generator().manual_seed(3)
+    digits = data.typical(data.handwriting("train"), data.TYPICAL)
+    video, pair = data.draw(digits, 1, random, frames=own["FRAMES"], size=64)
+    sigma = 0.6
+    noised = torch.lerp(video, torch.randn(video.shape, generator=random), sigma)
+    with torch.no_grad():
+        (velocity,) = source.model(
+            hidden_states=noised,
+            timestep=torch.tensor([1000 * sigma]),
+            encoder_hidden_states=data.tokens(pair),
+            return_dict=False,
+        )
+    patches = source.samples[0].inputs["hidden_states"].shape
+    assert (patches[2] // 2) * (patches[3] // 4) * (patches[4] // 4) == 4096
+
+    def right(seen: torch.Tensor) -> float:
+        """Share of frames in which the judge reads both digits."""
+        frames = classifier.single_frames((seen + 1) / 2)
+        found: torch.Tensor = (classifier.read(frames, judge) == pair).all(1).float().mean()
+        return found.item()
+
+    assert right(video) > 0.9
+    assert right(noised) < 0.5
+    assert right(noised - sigma * velocity) > 0.9
