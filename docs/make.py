@@ -11,6 +11,7 @@ support table lists what the tests of the architectures assert.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -221,7 +222,26 @@ def sparsity_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             str(len(group)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return lines + sums(from_study)
+
+
+def sums(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether masks and quantisation together cost more than the sum of both."""
+    found = {(r["model"], r["recipe"], r["density"], r["seed"]): r["sqnr_db"] for r in rows}
+    lines = []
+    for (model, variant, density, seed), together in sorted(found.items()):
+        method, _, rest = variant.partition("+")
+        apart = [found.get((model, "sparse", density, 0)), found.get((model, method, 1.0, seed))]
+        if rest == "sparse" and None not in apart and method != "joint":
+            noise = sum(10 ** (-decibels / 10) for decibels in apart if decibels is not None)
+            added = -10 * math.log10(noise)
+            lines.append(
+                f"* {model}, `{variant}` at {density:g}: the errors of `sparse` and `{method}`, "
+                f"added as powers, make {added:.1f} dB; together they measure {together:.1f} dB."
+            )
+    if not lines:
+        return []
+    return ["", "Does the combination lose more than the sum of both? By single steps:", "", *lines]
 
 
 def is_study(row: Mapping[str, Any]) -> bool:
