@@ -135,7 +135,7 @@ def test_refusals() -> None:
         (("group", None, None, 0.0, *table, 0), "got 'group'"),
         (("none", None, None, 0.0, *table, 1), "6 tokens from 1 on to be among 6"),
         (("none", None, None, 0.0, table[0], None, 0), "both cos and sin"),
-        (("none", None, None, 0.0, *angles(6, 8), 0), r"expected \[.., 4\] alike"),
+        (("none", None, None, 0.0, *angles(6, 6), 0), r"expected \[.., 4\] or \[.., 8\] alike"),
     ):
         with pytest.raises(InputError, match=message):
             K.rope(x, *arguments, False, 4)

@@ -78,7 +78,8 @@ def test_rounding_is_learned(captured: tuple[Graph, list[Sample]]) -> None:
 @pytest.mark.parametrize("options", ["inputs=quantised", "mode=model", "batch=2"])
 def test_other_ways_to_train(captured: tuple[Graph, list[Sample]], options: str) -> None:
     _, before, _ = compiled(captured, LEARNED)
-    _, records, _ = compiled(captured, f"{LEARNED},distill{{{QUICK},{options}}}")
+    # 4 epochs lose against the start by the luck of the seed, 8 won with each of four
+    _, records, _ = compiled(captured, f"{LEARNED},distill{{epochs=8,check=2,{options}}}")
     assert records[-1].sqnr_db > before[-1].sqnr_db
     assert all(e["best"] < e["start"] for e in records[-1].facts["blocks"].values())
 
