@@ -371,27 +371,22 @@ def measure(
     by_node = {site.node: site for site in sites}
     masks = {site.name: padding(graph, site) for site in sites}
     operands = {operand for site in sites for operand in site.node.all_input_nodes[:3]}
-    kept = {mask.valid for mask in masks.values() if mask is not None}
+    operands |= {mask.valid for mask in masks.values() if mask is not None}
     errors: dict[str, list[Tensor]] = {}
     shares: dict[str, Tensor] = {}
     fitting = [i for i, example in enumerate(examples) if _reaches(example, policy)]
     for at in ctx.progress(fitting, "sparsify"):
         values: dict[fx.Node, Tensor] = {}
-        exist: dict[fx.Node, Tensor] = {}
 
-        def look(
-            node: fx.Node, value: Any, at: int = at, values: Any = values, exist: Any = exist
-        ) -> None:
+        def look(node: fx.Node, value: Any, at: int = at, values: Any = values) -> None:
             if node in operands:
                 values[node] = value
-            if node in kept:
-                exist[node] = value
             if node not in by_node:
                 return
             site = by_node[node]
             q, k, v = (values[operand] for operand in node.args[:3])
             mask = masks[site.name]
-            valid = None if mask is None else exist[mask.valid]
+            valid = None if mask is None else values[mask.valid]
             layout = examples[at][site.name]
             found = head_errors(q, k, v, scale_of(node), layout, policy, valid)
             errors.setdefault(site.name, []).append(found[0])
