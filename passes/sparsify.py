@@ -35,16 +35,16 @@ from __future__ import annotations
 import enum
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, fx
 
 from vdqc.base import video_mask
-from vdqc.base.block_mask import blocks, full_mask
+from vdqc.base.block_mask import blocks
 from vdqc.base.diagnostics import ConfigError, InputError
-from vdqc.base.mask_policies import POLICIES, classify_heads, sampled_rows
+from vdqc.base.mask_budget import SitePlan, assign, head_errors
 from vdqc.base.sparsity import MASKS, MaskPolicy
 from vdqc.engine.frames import sizes_of
 from vdqc.engine.pass_manager import Context, Pass, PassResult
@@ -271,22 +271,6 @@ class Sparsify(Pass):
         return flag
 
 
-@final
-@dataclass(frozen=True)
-class SitePlan:
-    """What one site gets: a policy, the mask of each head (None: decided online), its density."""
-
-    policy: MaskPolicy
-    heads: Tensor | None
-    density: float
-
-    def facts(self) -> dict[str, Any]:
-        """For the report."""
-        names = [f"{mask}@{density:g}" for mask, density in self.policy.masks]
-        chosen = None if self.heads is None else [names[int(i)] for i in self.heads]
-        return {"policy": str(self.policy), "density": self.density, "heads": chosen}
-
-
 # match ------------------------------------------------------------------------------------------
 
 
@@ -397,84 +381,6 @@ def measure(
         sample = ctx.samples[at]
         graph.run_inputs(graph.signature.bind((), sample.inputs), look)
     return {name: torch.stack(all_).mean(0) for name, all_ in errors.items()}, shares
-
-
-def head_errors(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    layout: list[int],
-    policy: MaskPolicy,
-    valid: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(float64[masks, H] relative squared error, float64[masks] density) for one call."""
-    shape = video_mask.as_layout(layout, policy)
-    size, device = policy.block, query.device
-    candidates, shares = [], []
-    for name, density in policy.masks:
-        mask = POLICIES[name].mask(shape, density, size, size, device) if density < 1 else None
-        if mask is None:
-            mask = full_mask(shape.tokens, shape.tokens, block_q=size, block_k=size)
-        candidates.append((POLICIES[name].order(shape, device), mask))
-        shares.append(mask.density())
-    rows = sampled_rows(shape, video_mask.SAMPLED, device)
-    errors = classify_heads(query, key, value, scale, candidates, rows, valid)[1]
-    found = errors.double().mean(1)
-    scores = query[:, :, rows].float() @ key.float().mT * scale
-    if valid is not None:
-        scores = scores.masked_fill(~valid[:, None, None, :], float("-inf"))
-    power = (torch.softmax(scores, -1) @ value.float()).double().square().mean()
-    return (found / power.clamp_min(1e-30)).cpu(), torch.tensor(shares, dtype=torch.float64)
-
-
-def assign(
-    policy: MaskPolicy,
-    errors: Mapping[str, Tensor],
-    shares: Mapping[str, Tensor],
-    density: float,
-    masks: int,
-) -> dict[str, SitePlan]:
-    """One mask for every head of every site: the best, within a density over all of them.
-
-    From the lowest level upwards, whichever head saves most error per block is raised, while the
-    mean density stays within ``density``.
-    """
-    best, at_level, cost = {}, {}, {}
-    for name, error in errors.items():
-        levels = error.unflatten(0, (-1, masks))  # [level, mask, H]
-        at_level[name], best[name] = levels.min(1)
-        cost[name] = shares[name].unflatten(0, (-1, masks)).mean(1)
-    heads = {(name, h): 0 for name in errors for h in range(errors[name].shape[1])}
-    spent = sum(float(cost[name][0]) for name, _ in heads)
-    while True:
-        room = density * len(heads) - spent + 1e-9
-        raises = [
-            (float(at_level[n][now, h] - at_level[n][to, h]) / extra, n, h, to, extra)
-            for (n, h), now in heads.items()
-            for to in range(now + 1, len(cost[n]))
-            if 0 < (extra := float(cost[n][to] - cost[n][now])) <= room
-        ]
-        gain, name, head, level, extra = max(raises, default=(0.0, "", 0, 0, 0.0))
-        if gain <= 0:
-            break
-        heads[name, head] = level
-        spent += extra
-    plans = {}
-    for name in errors:
-        count = errors[name].shape[1]
-        chosen = [heads[name, h] * masks + int(best[name][heads[name, h], h]) for h in range(count)]
-        share = float(sum(shares[name][i] for i in chosen)) / count
-        plans[name] = SitePlan(*narrowed(policy, torch.tensor(chosen)), share)
-    return plans
-
-
-def narrowed(policy: MaskPolicy, heads: Tensor) -> tuple[MaskPolicy, Tensor]:
-    """The same masks by a policy of one kind, where all heads have that kind: no reordering."""
-    if policy.name != "svg" or bool((heads % 2 != heads[0] % 2).any()):
-        return policy, heads
-    kind = "temporal" if heads[0] % 2 else "spatial"
-    return replace(policy, name=kind), heads // 2
 
 
 def scale_of(node: fx.Node) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vdqc.base import video_mask
 from vdqc.base.block_mask import expand, kept_blocks
 from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError
+from vdqc.base.mask_budget import assign
 from vdqc.base.numerics import sqnr_db
 from vdqc.base.sparsity import MASKS, MaskPolicy
 from vdqc.base.target import TARGETS
@@ -30,7 +31,7 @@ from vdqc.lowering.prepare import prepare
 from vdqc.passes.annotate import Annotate
 from vdqc.passes.canonicalize import Canonicalize
 from vdqc.passes.quant import Quant
-from vdqc.passes.sparsify import Budget, Heads, Scores, Sparsify, assign
+from vdqc.passes.sparsify import Budget, Heads, Scores, Sparsify
 from vdqc.testing.harness import assert_close, remarks, run
 
 POLICIES = st.sampled_from(
