@@ -12,7 +12,9 @@ The others know the quantised weight and run behind ``quant``. ``oolri`` starts 
 singular vectors of W - Q(W); ``placement=inner`` trains them inside the quantiser of the quantised
 weight, Q(Q(W) + up·down), from which nothing is left at run time. ``tqe`` has rank 1, reads the
 quantised input q, and multiplies the tokens of frame i by M_i; beta starts at 0, so that it changes
-nothing before ``distill``, unless ``init=svd``. Text tokens have gain 1.
+nothing before ``distill``, unless ``init=svd``. Text tokens have gain 1. A linear may have one
+branch inside and one beside its quantised weight; rows of several widths (``allocate``) have their
+own.
 
 Source: Li et al., SVDQuant, arXiv 2411.05007, section 4.2; Feng et al., Q-VDiT, arXiv 2505.22167,
 section 3.2 (token-aware estimator); Feng et al., MPQ-DMv2, arXiv 2507.04290, figure 2
@@ -134,7 +136,9 @@ class Split(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Split; facts: per site the rank and bytes of its branch, and what is known of it."""
-        sites = [s for g in quantised_groups(graph, self.select) for s in g if matches(s, ctx)]
+        mark = "inside" if self.placement is Placement.INNER else "branch"
+        groups = quantised_groups(graph, self.select)
+        sites = [site for group in groups for site in group if matches(site, mark, ctx)]
         if self.branch is Branch.SVD:
             found = self.svd(graph, sites, ctx)
         elif self.branch is Branch.OOLRI:
@@ -246,7 +250,8 @@ class Split(Pass):
     ) -> tuple[fx.Node, fx.Node]:
         """The factors as parameters of ``site``, and in its dtype unless they stay ``wide``."""
         dtype, nodes = site.weight.meta["val"].dtype, []
-        for leaf, value in (("branch_up", up), ("branch_down", down)):
+        kind = "branch_inside" if wide else "branch"
+        for leaf, value in ((f"{kind}_up", up), (f"{kind}_down", down)):
             value = value.to(parameter_dtype(dtype) if self.learned or wide else dtype)
             node = graph.set_param(param_name(site, leaf), value, free=self.learned or wide)
             nodes.append(node if wide else cast(graph, node, dtype, site.node))
@@ -265,11 +270,11 @@ class Split(Pass):
 # match ------------------------------------------------------------------------------------------
 
 
-def matches(site: Site, ctx: Context) -> bool:
-    """True if the weight of ``site`` is quantised and has no branch yet."""
+def matches(site: Site, mark: str, ctx: Context) -> bool:
+    """True if the weight of ``site`` is quantised and has no branch of this kind yet."""
     if site.scheme is None or site.scheme.weight is None:
         return False
-    if note(site.node).get("partial"):
+    if note(site.node).get(mark):
         ctx.diagnostics.remark(site.name, "already-split", "it has a branch already")
         return False
     return True
@@ -406,8 +411,9 @@ def attach(graph: Graph, site: Site, value: fx.Node) -> None:
     """Give the readers of ``site`` its sum with ``value``."""
     total = graph.call_after(aten.add.Tensor, site.node, value, after=site.node)
     graph.replace(site.node, total)
-    set_note(site.node, partial=True)
-    set_note(total, whole=site.name)
+    if not note(site.node).get("rows"):  # those of a part are put together elsewhere
+        set_note(total, whole=site.name)
+    set_note(site.node, partial=True, branch=True)
 
 
 def inside(graph: Graph, site: Site, quantised: Tensor, factors: tuple[fx.Node, fx.Node]) -> None:
@@ -426,3 +432,4 @@ def inside(graph: Graph, site: Site, quantised: Tensor, factors: tuple[fx.Node, 
         scales.append(node)
     wrapped = graph.call(FAKE_QUANTIZE, total, *scales, quantiser.args[3], before=before)
     graph.set_operand(site.node, 1, wrapped)
+    set_note(site.node, inside=True)

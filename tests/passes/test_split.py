@@ -15,6 +15,7 @@ from vdqc.engine.recipe import parse_passes, parse_rule
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph
 from vdqc.ir.sample import Sample
+from vdqc.passes.allocate import Allocate, Method
 from vdqc.passes.annotate import Annotate, Keep
 from vdqc.passes.canonicalize import Canonicalize
 from vdqc.passes.quant import Quant
@@ -173,8 +174,44 @@ def test_inside_the_quantiser_hardly_a_code_moves() -> None:
     assert float((after != before).float().mean()) < 0.005
     assert record.facts["branches"]["fc"]["bytes"] == 0
     assert "aten.add" not in str(graph).split("aten.linear")[1]
-    grad = torch.autograd.grad(graph.run(x)[0].square().sum(), graph.param("fc.branch_up"))[0]
+    up = graph.param("fc.branch_inside_up")
+    grad = torch.autograd.grad(graph.run(x)[0].square().sum(), up)[0]
     assert float(grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_a_branch_inside_and_one_beside_are_two(inner_first: bool) -> None:
+    x = torch.randn(5, 16)
+    graph = annotated(One(), x, scheme="w3a16")
+    run(graph, Quant())
+    inner = Split(branch=Branch.OOLRI, rank=2, placement=Placement.INNER)
+    order = [inner, TQE] if inner_first else [TQE, inner]
+    run(graph, order[0])
+    before = graph.run(x)[0]
+    run(graph, order[1])
+    if inner_first:  # a token-aware branch starts at nothing
+        assert torch.equal(graph.run(x)[0], before)
+    kinds = ("branch", "branch_inside")
+    assert {f"fc.{kind}_{leaf}" for kind in kinds for leaf in ("up", "down")} <= graph.free
+    ctx = context(x)
+    assert [record.rewrites for record in run(graph, *order, ctx=ctx)] == [0, 0]
+    assert remarks(ctx) == [("fc", "already-split")] * 2
+
+
+def test_parts_of_a_layer_of_mixed_rows_get_their_branch() -> None:
+    model, x = One(128, 80), torch.randn(300, 128)
+    with torch.no_grad():
+        model.fc.weight[::4, 3] += 2.0  # rows of one outlier want more bits
+    graph = annotated(model, x, scheme="w3a16-asym")
+    run(graph, Allocate(method=Method.ROWS), Quant(), ctx=context(x))
+    parts = [site.name for site in graph.sites()]
+    assert len(parts) == 3
+    before = graph.run(x)[0]
+    inner = Split(branch=Branch.OOLRI, rank=1, placement=Placement.INNER)
+    (record,) = run(graph, inner)
+    assert sorted(record.facts["branches"]) == sorted(parts)
+    after = graph.run(x)[0]
+    assert float(((after - before).norm() / before.norm()).detach()) < 0.2
 
 
 # tqe --------------------------------------------------------------------------------------------

@@ -42,9 +42,11 @@ def note(node: fx.Node) -> Mapping[str, Any]:
 
     Keys in use: ``site`` (name), ``kind``, ``scheme`` (text), ``role`` (what annotate found),
     ``origin`` (text of the pass that made the node); ``partial`` (the site's node computes only a
-    part of its value), ``whole`` (name of the site whose value this node puts together) and
-    ``basis`` (the site's output is ``rotated``, ``scaled`` or both for its readers, or its channels
-    are in another order: ``halves{64}``, pairs of each 64 taken apart).
+    part of its value), ``whole`` (name of the site whose value this node puts together), ``rows``
+    (it is some rows of a linear), ``branch`` and ``inside`` (it has a branch beside it, or inside
+    the quantiser of its weight), and ``basis`` (the site's output is ``rotated``, ``scaled`` or
+    both for its readers, or its channels are in another order: ``halves{64}``, pairs of each 64
+    taken apart).
     """
     entries: Mapping[str, Any] = node.meta.get("custom", {}).get("vdqc", {})
     return entries
