@@ -6,6 +6,7 @@ import pytest
 import quality
 import torch
 from quality_ablations import ABLATIONS, ablated, is_ablation, names
+from quality_claims import CLAIMS, verdicts
 from quality_memo import digest, once_captured, once_run
 from quality_sparsity import VARIANTS, passes
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from vdqc import Sample
 from vdqc.compiler import compile, parse_recipe
 from vdqc.engine.named import named
+from vdqc.engine.named import names as named_recipes
 from vdqc.ir.artifact import read
 
 
@@ -87,3 +89,26 @@ def test_calls_are_told_apart_by_content_dtype_and_name() -> None:
         ((value,), {"other": 2}),
     ):
         assert digest((args, kwargs)) != same
+
+
+def cell(recipe: str, *sqnr_db: float) -> list[dict[str, object]]:
+    common = {"model": "views", "scheme": "w4a4", "effective_bits": 4.2}
+    return [common | {"recipe": recipe, "sqnr_db": value} for value in sqnr_db]
+
+
+@pytest.mark.parametrize(
+    ("own", "word"), [((30.0, 30.4), "ahead"), ((25.3, 25.9), "level"), ((24.0, 24.2), "behind")]
+)
+def test_a_claim_holds_beyond_both_spreads(own: tuple[float, ...], word: str) -> None:
+    rows = cell("quantvggt", *own) + cell("quarot", 25.2, 25.8) + cell("rtn", 23.9)
+    (found,) = verdicts(rows)
+    assert (found.best, found.word) == ("quarot", word)
+    assert found.missing == ("smoothquant", "gptq")
+    assert found.seeds == (2, 2)
+    assert found.spread[1] == pytest.approx(0.3)
+
+
+def test_claims_name_recipes() -> None:
+    for claim in CLAIMS:
+        assert {claim.recipe, *claim.against} <= set(named_recipes())
+    assert not list(verdicts(cell("rtn", 23.9)))
