@@ -27,8 +27,7 @@ from __future__ import annotations
 
 import enum
 import zlib
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -36,11 +35,11 @@ import torch
 from torch import Tensor, fx
 
 from vdqc.base import numerics
-from vdqc.base.branches import alternating_factors, frame_gain, leading_factors
+from vdqc.base.branches import alternating_factors, leading_factors
 from vdqc.base.diagnostics import ConfigError, OrderError
 from vdqc.base.rounding import output_error
 from vdqc.base.scheme import QuantSpec
-from vdqc.engine.frames import site_frames, sizes_of
+from vdqc.engine.frame_gains import observed_gains
 from vdqc.engine.moments import input_moments
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir import transforms
@@ -48,7 +47,7 @@ from vdqc.ir.frame_gain import linear_frames, size_builder, times_gain
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import cast, parameter_dtype
 from vdqc.ir.ops import FAKE_QUANTIZE
-from vdqc.ir.peers import param_name, quantised_groups
+from vdqc.ir.peers import param_name, quantised_groups, unquantised
 from vdqc.ir.site import Site, note, set_note
 
 aten = torch.ops.aten
@@ -204,12 +203,13 @@ class Split(Pass):
         layouts = {site.name: linear_frames(graph, site) for site in sites}
         if self.gain is Gain.NONE:
             layouts = dict.fromkeys(layouts)
-        gains = observed_gains(graph, sites, layouts, ctx, ones=self.gain is Gain.ONES)
+        inputs = {site.input: layouts[site.name] for site in sites}
+        gains = observed_gains(graph, inputs, ctx.samples, ones=self.gain is Gain.ONES)
         sizes, facts = size_builder(graph), {}
         for site in ctx.progress(sites, "split"):
             beta, alpha = self.estimator(graph, site, ctx.seed)
             nodes = self.factors(graph, site, beta, alpha)
-            gain, layout = gains.get(site.name), layouts[site.name]
+            gain, layout = gains.get(site.input), layouts[site.name]
             facts[site.name] = size_facts(beta, alpha)
             if gain is None or layout is None:
                 if self.gain is not Gain.NONE:
@@ -308,67 +308,6 @@ def nearest(weight: Tensor, spec: QuantSpec) -> Tensor:
     return numerics.fake_quantize(weight, scale, zero_point, spec)
 
 
-def observed_gains(
-    graph: Graph,
-    sites: list[Site],
-    layouts: Mapping[str, Mapping[str, Any] | None],
-    ctx: Context,
-    *,
-    ones: bool,
-) -> dict[str, Tensor]:
-    """M float32[F] of each site whose tokens are of known frames; F is that of the first sample."""
-    if not ctx.samples:
-        return {}
-    calls = [graph.signature.bind((), sample.inputs) for sample in ctx.samples]
-    maps = [sizes_of(graph.signature, inputs) for inputs in calls]
-    layout_of = {site.input: layouts[site.name] for site in sites}
-    named = {node: layout for node, layout in layout_of.items() if layout is not None}
-    frames = {node: site_frames(layout, maps[0]) for node, layout in named.items()}
-    counts = {node: found.frames for node, found in frames.items() if found is not None}
-    sums = {node: torch.zeros(4, count, dtype=torch.float64) for node, count in counts.items()}
-    if not ones:
-        for inputs, sizes in zip(calls, maps, strict=True):
-            _add_frames(graph, inputs, sizes, named, sums)
-    gains = {}
-    for node, (dot, before, after, magnitude) in sums.items():
-        cosine = dot / (before * after).sqrt().clamp_min(1e-30)
-        gains[node] = torch.ones(counts[node]) if ones else frame_gain(cosine, magnitude).float()
-    return {site.name: gains[site.input] for site in sites if site.input in gains}
-
-
-def _add_frames(
-    graph: Graph,
-    inputs: list[Any],
-    sizes: Mapping[str, int],
-    layouts: Mapping[fx.Node, Mapping[str, Any]],
-    sums: dict[fx.Node, Tensor],
-) -> None:
-    """Add one call's x·Q(x), |x|², |Q(x)|² and sum |x| of each frame; rows of ``sums``."""
-    floats: dict[fx.Node, Tensor] = {}
-    waiting = Counter(unquantised(node) for node in sums)
-
-    def look(node: fx.Node, value: Any) -> None:
-        if node in waiting:
-            floats[node] = value
-        if node not in sums:
-            return
-        source = unquantised(node)
-        q, x = value.double(), floats[source].double()
-        waiting[source] -= 1
-        if not waiting[source]:
-            del floats[source]
-        frames = site_frames(layouts[node], sizes)
-        if frames is None or frames.frames != sums[node].shape[1]:
-            return
-        parts = [x * q, x.square(), q.square(), x.abs()]
-        index = frames.index.to(x.device)
-        for row, part in zip(sums[node], parts, strict=True):
-            tokens = part.sum(-1).reshape(-1, part.shape[-2]).sum(0)
-            row.index_add_(0, index[index >= 0], tokens[index >= 0].to(row.device))
-
-    graph.run_inputs(inputs, look)
-
-
 def size_facts(up: Tensor, down: Tensor) -> dict[str, Any]:
     """Rank and bytes of two factors."""
     stored = up.numel() * up.itemsize + down.numel() * down.itemsize
@@ -376,15 +315,6 @@ def size_facts(up: Tensor, down: Tensor) -> dict[str, Any]:
 
 
 # rewrite ----------------------------------------------------------------------------------------
-
-
-def unquantised(node: fx.Node) -> fx.Node:
-    """What a quantiser reads; the node itself if it is none."""
-    if node.target is not FAKE_QUANTIZE:
-        return node
-    value = node.args[0]
-    assert isinstance(value, fx.Node)
-    return value
 
 
 def weights(graph: Graph, site: Site) -> tuple[Tensor, Tensor]:

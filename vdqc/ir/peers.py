@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from vdqc.ir.graph import Graph
+from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import Site
 
 
@@ -18,6 +19,15 @@ def quantised_groups(graph: Graph, select: str = "*") -> list[list[Site]]:
         for group in graph.groups(select)
     ]
     return [group for group in groups if group]
+
+
+def unquantised(node: fx.Node) -> fx.Node:
+    """What a quantiser reads; the node itself if it is none."""
+    if node.target is not FAKE_QUANTIZE:
+        return node
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    return value
 
 
 def param_name(site: Site, leaf: str) -> str:
