@@ -46,25 +46,19 @@ from vdqc.base.block_mask import blocks
 from vdqc.base.diagnostics import ConfigError, InputError
 from vdqc.base.mask_budget import SitePlan, assign, head_errors
 from vdqc.base.sparsity import MASKS, MaskPolicy
-from vdqc.engine.frames import sizes_of
 from vdqc.engine.pass_manager import Context, Pass, PassResult
-from vdqc.ir.analysis.key_masks import KeyMask, key_mask
-from vdqc.ir.analysis.tokens import video_tokens
+from vdqc.engine.video_attention import LAYOUT, layouts, obstacle, padding
+from vdqc.ir.analysis.key_masks import KeyMask
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.ops import FAKE_QUANTIZE
-from vdqc.ir.signature import evaluate
 from vdqc.ir.site import Site, SiteKind, note
 from vdqc.ir.size_nodes import SizeNodes, timestep_input
 from vdqc.ir.sparse_ops import SPARSE_ATTENTION
 
 aten = torch.ops.aten
-_DENSE = aten.scaled_dot_product_attention.default
 #: Levels of a calibrated budget, as multiples of the density.
 LEVELS = (0.5, 1.0, 2.0, 4.0)
 _SCORES = "int8/token/dynamic"
-#: Arguments of dense attention that a sparse one has too.
-_NAMED = ("scale", "attn_mask")
-_LAYOUT = ("frames", "tokens_per_frame", "text", "text_first", "frame_width")
 
 
 class Heads(enum.StrEnum):
@@ -151,7 +145,8 @@ class Sparsify(Pass):
                 code="pass-order",
             )
         found = graph.sites(self.select, SiteKind.ATTENTION)
-        sites = [site for site in found if self._matches(graph, site, ctx)]
+        masks = {site.name: padding(graph, site) for site in found}
+        sites = [site for site in found if self._matches(site, masks[site.name], ctx)]
         if not sites:
             ctx.diagnostics.warning(
                 "", "nothing-sparse", "no attention spans the frames of a video"
@@ -159,8 +154,7 @@ class Sparsify(Pass):
             return PassResult(0)
         examples = [layouts(graph, sample.inputs, sites) for sample in ctx.samples]
         self._check(examples, sites, ctx)
-        plans = self._plans(graph, sites, examples, ctx)
-        masks = {site.name: padding(graph, site) for site in sites}
+        plans = self._plans(graph, sites, examples, masks, ctx)
         sizes, dense = SizeNodes(graph), self._dense_flag(graph, ctx)
         for site in sites:
             if self.scores is Scores.INT8:
@@ -179,9 +173,9 @@ class Sparsify(Pass):
 
     # -- match ----------------------------------------------------------------------------------
 
-    def _matches(self, graph: Graph, site: Site, ctx: Context) -> bool:
+    def _matches(self, site: Site, mask: KeyMask | None, ctx: Context) -> bool:
         """True if ``site`` is dense self-attention over frames; says why it is not."""
-        reason = obstacle(graph, site)
+        reason = obstacle(site, mask)
         if not reason and self.dense and fnmatch.fnmatchcase(site.name, self.dense):
             reason = "dense", f"it matches dense={self.dense}"
         if not reason:
@@ -223,6 +217,7 @@ class Sparsify(Pass):
         graph: Graph,
         sites: Sequence[Site],
         examples: Sequence[Mapping[str, list[int]]],
+        masks: Mapping[str, KeyMask | None],
         ctx: Context,
     ) -> dict[str, SitePlan]:
         base = self.base
@@ -230,7 +225,7 @@ class Sparsify(Pass):
         calibrated = self.budget is Budget.CALIBRATED
         if (several and self.heads is Heads.CALIBRATED) or calibrated:
             policy = self._levels(examples) if calibrated else base
-            errors, shares = measure(graph, ctx, sites, policy, examples)
+            errors, shares = measure(graph, ctx, sites, policy, examples, masks)
             if errors:
                 return assign(policy, errors, shares, self.density, len(MASKS[base.name]))
             ctx.diagnostics.warning(
@@ -271,71 +266,6 @@ class Sparsify(Pass):
         return flag
 
 
-# match ------------------------------------------------------------------------------------------
-
-
-def obstacle(graph: Graph, site: Site) -> tuple[str, str] | None:
-    """Code and sentence if this attention cannot be made sparse."""
-    entries, node = note(site.node), site.node
-    if node.target is not _DENSE:
-        return "already-sparse", "it is sparse already"
-    tokens = entries.get("tokens", {})
-    if entries.get("cross"):
-        return "cross-attention", "its keys are other tokens than its queries"
-    if tokens.get("extent") != "video" or not tokens.get("frames"):
-        return "no-frames", "its shapes do not tell frames"
-    if not tokens.get("frame_major"):
-        return "no-frames", "the tokens of a frame are not neighbours"
-    rest = [*node.args[4:], *(v for k, v in node.kwargs.items() if k not in _NAMED)]
-    if any(value not in (None, False, 0.0) for value in rest):
-        return "masked", "it drops out, is causal, or its heads share keys"
-    if _mask(node) is not None and padding(graph, site) is None:
-        return "masked", "it has a mask of its own, which is more than padded text after the video"
-    return None
-
-
-def padding(graph: Graph, site: Site) -> KeyMask | None:
-    """Which keys of a dense attention exist, where its mask says just that."""
-    mask = _mask(site.node)
-    if mask is None or note(site.node)["tokens"].get("text_first"):
-        return None
-    video = video_tokens(graph, site.input)
-    return None if video is None else key_mask(mask, site.input, video)
-
-
-def _mask(node: fx.Node) -> fx.Node | None:
-    mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    return mask if isinstance(mask, fx.Node) else None
-
-
-def layouts(graph: Graph, call: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, list[int]]:
-    """The five sizes of every site's tokens in one call."""
-    sizes = sizes_of(graph.signature, graph.signature.bind((), call))
-    found = {}
-    for site in sites:
-        tokens = note(site.node)["tokens"]
-        found[site.name] = [
-            int(tokens[key])
-            if isinstance(tokens.get(key), bool)
-            else _number(tokens.get(key), sizes)
-            for key in _LAYOUT
-        ]
-    return found
-
-
-def _number(text: str | None, sizes: Mapping[str, int]) -> int:
-    return int(evaluate(text, sizes)) if text else 0
-
-
-def _reaches(example: Mapping[str, list[int]], policy: MaskPolicy) -> bool:
-    try:
-        for layout in example.values():
-            video_mask.reachable(layout, str(policy))
-    except InputError:
-        return False
-    return True
-
-
 # math -------------------------------------------------------------------------------------------
 
 
@@ -346,6 +276,7 @@ def measure(
     sites: Sequence[Site],
     policy: MaskPolicy,
     examples: Sequence[Mapping[str, list[int]]],
+    masks: Mapping[str, KeyMask | None],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Per site: error of every mask for every head, float64[masks, H], and the masks' densities.
 
@@ -353,9 +284,9 @@ def measure(
     that sites compare; the mean over samples and their batch.
     """
     by_node = {site.node: site for site in sites}
-    masks = {site.name: padding(graph, site) for site in sites}
     operands = {operand for site in sites for operand in site.node.all_input_nodes[:3]}
-    operands |= {mask.valid for mask in masks.values() if mask is not None}
+    kept = [mask for site in sites if (mask := masks[site.name]) is not None]
+    operands |= {mask.valid for mask in kept}
     errors: dict[str, list[Tensor]] = {}
     shares: dict[str, Tensor] = {}
     fitting = [i for i, example in enumerate(examples) if _reaches(example, policy)]
@@ -390,6 +321,15 @@ def scale_of(node: fx.Node) -> float:
     return float(given) if given is not None else float(width) ** -0.5
 
 
+def _reaches(example: Mapping[str, list[int]], policy: MaskPolicy) -> bool:
+    try:
+        for layout in example.values():
+            video_mask.reachable(layout, str(policy))
+    except InputError:
+        return False
+    return True
+
+
 # rewrite ----------------------------------------------------------------------------------------
 
 
@@ -415,7 +355,7 @@ def rewrite(
     tokens = note(site.node)["tokens"]
     layout = [
         int(tokens[key]) if isinstance(tokens.get(key), bool) else sizes.of(tokens.get(key, ""))
-        for key in _LAYOUT
+        for key in LAYOUT
     ]
     heads = None
     if plan.heads is not None:

@@ -20,6 +20,7 @@ from vdqc.compiler import complete, weight_bytes
 from vdqc.engine.named import NamedRecipe
 from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.engine.recipe import Recipe, parse_passes, parse_rule
+from vdqc.engine.video_attention import obstacle, padding
 from vdqc.footprint import stored_bytes
 from vdqc.ir.graph import Graph
 from vdqc.ir.peers import quantised_groups
@@ -27,7 +28,6 @@ from vdqc.ir.sample import Sample
 from vdqc.ir.site import Site, SiteKind
 from vdqc.lowering.lower import lower
 from vdqc.lowering.machine import measured
-from vdqc.passes.sparsify import obstacle
 from vdqc.passes.table import PASSES
 from vdqc.search.budget import Budget, shown
 from vdqc.search.cost import FLOAT, Account, Bill, Transforms, Way
@@ -357,7 +357,8 @@ class Job:
 
     def check_attention(self) -> None:
         """Raise InputError if no attention can be thinned out, with the reason of the first."""
-        reasons = [obstacle(self.graph, site) for site in self.graph.sites(kind=SiteKind.ATTENTION)]
+        sites = self.graph.sites(kind=SiteKind.ATTENTION)
+        reasons = [obstacle(site, padding(self.graph, site)) for site in sites]
         if any(not reason for reason in reasons):
             return
         first = next((reason[1] for reason in reasons if reason), "the model has none")
