@@ -54,6 +54,8 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "search": (("smooth{search=20,learn=true}", "smooth{alpha=0.5,learn=true}"),),
         "rotation": (("rotate{learn=true}", "rotate{block=full}"),),
         "range": (("quant{weight_range=mse,clip=learned}", "quant{clip=learned}"),),
+        "long": (("loss=block", "loss=block,epochs=40"),),
+        "blocks": (("loss=block", "loss=block,mode=model"),),  # all blocks at once, end to end
         "gptq": ((",gptq", ""),),
     },
 }
