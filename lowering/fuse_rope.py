@@ -17,8 +17,11 @@
     %q = aten.permute(%h * %cos + %p * %sin, [0, 2, 1, 3])
         ->  %q = vdqc_kernels.rope(%h, ..., %cos, %sin, 0, True, 128)      tables [T, D]
 
+    the same behind the swap, on [B, H, T, D], or of pairs as complex numbers  ->  the same kernel
+
     aten.permute(aten.cat([%r, %text], 1))   ->  aten.cat([%q, aten.permute(%text)], 2)
     the same, %r and %text slices of one %h  ->  one rope over all of %h, its table as long as %r
+    %h[:, :, %n:] = %r, behind the swap      ->  one rope over all of %h, from token %n on
 
 A norm of each head comes after the reshape; ``lowering.rope_forms`` knows the spellings. Codes are
 made before tokens are brought in the order of a mask, which moves codes and scales instead. A mask
@@ -42,7 +45,16 @@ from vdqc.kernels.quantize_rows import QUANTIZE_ROWS
 from vdqc.kernels.rope_quantize import ROPE, ROPE_QUANTIZE
 from vdqc.kernels.token_order import TOKEN_ORDER
 from vdqc.kernels.video_mask import VIDEO_MASK
-from vdqc.lowering.rope_forms import Turned, cut_from, only_user, partnered, turned_halves, uncast
+from vdqc.lowering.rope_forms import (
+    Turned,
+    complex_product,
+    cut_from,
+    only_user,
+    partnered,
+    scattered,
+    turned_halves,
+    uncast,
+)
 
 A = torch.ops.aten
 #: Tokens of a block of means, which nothing reads yet.
@@ -52,7 +64,8 @@ _BLOCK = 128
 def fuse_rope(graph: Graph) -> tuple[int, int]:
     """Fuse in place; (rotary embeddings, quantisers behind them) that became one kernel."""
     ropes = sum(_fuse_rope(graph, n) for n in graph.nodes if n.target is A.cat.default)
-    ropes += sum(_fuse_partner(graph, n) for n in graph.nodes if n.target is A.add.Tensor)
+    ends = (A.add.Tensor, A.reshape.default)
+    ropes += sum(_fuse_partner(graph, n) for n in graph.nodes if n.target in ends)
     codes = sum(_fuse_codes(graph, n) for n in graph.nodes if n.target is QUANTIZE_ROWS.op)
     return ropes, codes
 
@@ -70,17 +83,24 @@ def _fuse_rope(graph: Graph, cat: fx.Node) -> bool:
     return True
 
 
-def _table(graph: Graph, node: fx.Node, before: fx.Node) -> fx.Node:
-    """The table as [T, D/2], or [B, T, D/2]."""
-    flat = graph.call(A.select.int, node, 2, 0, before=before)
-    if node.meta["val"].shape[0] == 1:
-        flat = graph.call(A.select.int, flat, 0, 0, before=before)
-    return flat
+def _tables(graph: Graph, rope: Turned, before: fx.Node) -> list[fx.Node]:
+    """cos and sin as [T, D/2 or D], or [B, T, D/2 or D]."""
+    flat = []
+    for table in rope.tables:
+        rank = table.meta["val"].ndim
+        table = graph.call(A.select.int, table, rank - 1 - rope.tokens, 0, before=before)
+        if rank == 4 and table.meta["val"].shape[0] == 1:
+            table = graph.call(A.select.int, table, 0, 0, before=before)
+        flat.append(table)
+    if len(flat) == 2:
+        return flat
+    parts = graph.call(A.view_as_real.default, flat[0], before=before)
+    return [graph.call(A.select.int, parts, -1, part, before=before) for part in (0, 1)]
 
 
 def _fuse_partner(graph: Graph, total: fx.Node) -> bool:
     """``h * cos + partner(h) * sin``, alone or joined with text that is not turned."""
-    rope = partnered(total)
+    rope = partnered(total) if total.target is A.add.Tensor else complex_product(total)
     if rope is None:
         return False
     end = total
@@ -89,7 +109,10 @@ def _fuse_partner(graph: Graph, total: fx.Node) -> bool:
     way = only_user(end)
     if way is None or end.meta["val"].dtype != rope.heads.meta["val"].dtype:
         return False
-    if _swaps_heads_and_tokens(way):
+    if rope.tokens == 2:  # heads come first already
+        whole, start, end = scattered(rope.heads, end) or (rope.heads, 0, end)
+        graph.replace(end, _emit(graph, rope, whole, end, start))
+    elif _swaps_heads_and_tokens(way):
         graph.replace(way, _emit(graph, rope, rope.heads, way))
     elif way.target is A.cat.default and list(way.args[1:]) == [1]:
         swap = only_user(way)
@@ -114,15 +137,16 @@ def _fuse_partner(graph: Graph, total: fx.Node) -> bool:
     return True
 
 
-def _emit(graph: Graph, rope: Turned, heads: fx.Node, before: fx.Node) -> fx.Node:
+def _emit(graph: Graph, rope: Turned, heads: fx.Node, before: fx.Node, start: Any = 0) -> fx.Node:
     """The kernel in front of ``before``, over all tokens of ``heads``; [B, H, T, D]."""
-    x, norm, weight, bias, eps = _norm(heads)
-    if norm == "rms_across":
+    x, *norm = _norm(heads)
+    if norm[0] == "rms_across":
         x = graph.call(A.reshape.default, x, heads.args[1], before=before)
-    tables = [_table(graph, table, before) for table in (rope.cos, rope.sin)]
-    both = graph.call(
-        ROPE.op, x, norm, weight, bias, eps, *tables, 0, rope.interleaved, _BLOCK, before=before
-    )
+    if rope.tokens == 2:
+        swapped = _swaps_heads_and_tokens(x)
+        x = x.all_input_nodes[0] if swapped else graph.call(A.transpose.int, x, 1, 2, before=before)
+    tables = _tables(graph, rope, before)
+    both = graph.call(ROPE.op, x, *norm, *tables, start, rope.interleaved, _BLOCK, before=before)
     return graph.call(operator.getitem, both, 0, before=before)
 
 

@@ -9,9 +9,13 @@
     %p = aten.reshape(aten.stack([-%b, %a], -1), [B, T, H, D])
     %r = %h * %cos + %p * %sin
 
+    %c = aten.view_as_complex(aten.reshape(%h, [B, T, H, D/2, 2]))          ``complex_product``
+    %r = aten.reshape(aten.view_as_real(%c * %table), [B, T, H, D])
+
 The first is what ``lowering.fuse`` makes of pairs, with tables [.., D/2]; the second is that of
-diffusers' ``apply_rotary_emb`` with tables [.., D], also with halves, ``%p = cat([-%b, %a], -1)``.
-Casts may stand anywhere. Reads the graph, never edits it.
+diffusers' ``apply_rotary_emb`` with tables [.., D], also with halves, ``%p = cat([-%b, %a], -1)``,
+and also behind the swap of heads and tokens, [B, H, T, D]. Casts may stand anywhere. Reads the
+graph, never edits it.
 
 Source: Su et al., RoFormer, arXiv 2104.09864, eq. 34.
 """
@@ -35,15 +39,19 @@ _WIDEST = 256
 @final
 @dataclass(frozen=True)
 class Turned:
-    """What is turned, [B, T, H, D], and by what, [.., T, 1, D/2 or D].
+    """What is turned and by what.
 
-    ``interleaved``: pairs are channels that lie next to each other.
+    Attributes:
+        heads: [B, T, H, D] or, where ``tokens`` is 2, [B, H, T, D].
+        tables: cos and sin, or cos + i·sin; [.., T, 1, D/2 or D], with ``tokens`` 2 [.., 1, T, D].
+        interleaved: pairs are channels that lie next to each other.
+        tokens: axis of the tokens.
     """
 
     heads: fx.Node
-    cos: fx.Node
-    sin: fx.Node
+    tables: tuple[fx.Node, ...]
     interleaved: bool
+    tokens: int = 1
 
 
 def turned_halves(cat: fx.Node) -> Turned | None:
@@ -73,7 +81,7 @@ def turned_halves(cat: fx.Node) -> Turned | None:
     heads = _heads(a, b)
     if heads is None or not (_is_table(cos, heads) and _is_table(sin, heads)):
         return None
-    return Turned(heads, cos, sin, False)
+    return Turned(heads, (cos, sin), False)
 
 
 def _product(node: Any) -> tuple[fx.Node, fx.Node] | None:
@@ -141,9 +149,47 @@ def partnered(total: fx.Node) -> Turned | None:
                 reads = {*_readers_past_casts(heads)}
                 if reads != {one, source[1]} or not all(only_user(p) for p in products):
                     continue
-                if _is_wide_table(cos, heads) and _is_wide_table(sin, heads):
-                    return Turned(heads, cos, sin, source[2])
+                for axis in (1, 2):
+                    if all(_is_wide_table(table, heads, axis) for table in (cos, sin)):
+                        return Turned(heads, (cos, sin), source[2], axis)
     return None
+
+
+def complex_product(total: fx.Node) -> Turned | None:
+    """Pairs of ``h`` as complex numbers times a table of them, where nothing else reads h."""
+    real: Any = total.args[0]
+    if not isinstance(real, fx.Node) or real.target is not A.view_as_real.default:
+        return None
+    product: Any = real.args[0]
+    if product.target is not A.mul.Tensor or product.kwargs:
+        return None
+    for paired, table in (product.args[:2], product.args[1::-1]):
+        if not isinstance(paired, fx.Node) or not isinstance(table, fx.Node):
+            continue
+        if paired.target is not A.view_as_complex.default:
+            continue
+        split: Any = paired.args[0]
+        if split.target is not A.reshape.default:
+            continue
+        heads: Any = uncast(split.args[0])
+        same = str(total.meta["val"].shape) == str(heads.meta["val"].shape)
+        pairs = split.meta["val"].shape[-2:]
+        if not same or not _fits(heads) or list(pairs) != [heads.meta["val"].shape[-1] // 2, 2]:
+            continue
+        alone = all(only_user(node) for node in (real, product, paired, split))
+        if alone and _readers_past_casts(heads) == [split] and _is_complex_table(table, heads):
+            return Turned(heads, (table,), True)
+    return None
+
+
+def _is_complex_table(node: fx.Node, heads: fx.Node) -> bool:
+    """True for [T, 1, D/2] or [1 or B, T, 1, D/2]; as ``_is_wide_table`` for T."""
+    shape, like = node.meta["val"].shape, heads.meta["val"].shape
+    if len(shape) not in (3, 4) or shape[-2] != 1 or shape[-1] != like[3] // 2:
+        return False
+    if isinstance(shape[-3], int) and not _equal(shape[-3], like[1]):
+        return False
+    return len(shape) == 3 or shape[0] == 1 or _equal(shape[0], like[0])
 
 
 def _operand_orders(product: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -202,12 +248,15 @@ def _fits(heads: fx.Node) -> bool:
     return len(shape) == 4 and isinstance(width, int) and width % 2 == 0 and width <= _WIDEST
 
 
-def _is_wide_table(node: fx.Node, heads: fx.Node) -> bool:
-    """True for [1 or B, T, 1, D]. A T of other symbols is equal: the product would fail else."""
+def _is_wide_table(node: fx.Node, heads: fx.Node, axis: int) -> bool:
+    """True for [1 or B, T, 1, D], with T at ``axis``.
+
+    A T of other symbols is equal: the product would fail else.
+    """
     shape, like = node.meta["val"].shape, heads.meta["val"].shape
-    if len(shape) != 4 or shape[2] != 1 or shape[3] != like[3]:
+    if len(shape) != 4 or shape[3 - axis] != 1 or shape[3] != like[3]:
         return False
-    if isinstance(shape[1], int) and not _equal(shape[1], like[1]):
+    if isinstance(shape[axis], int) and not _equal(shape[axis], like[axis]):
         return False
     return shape[0] == 1 or _equal(shape[0], like[0])
 
@@ -231,6 +280,25 @@ def cut_from(heads: fx.Node, parts: list[fx.Node]) -> fx.Node | None:
     if starts != bounds[:-1] or bounds[-1] != END or set(whole.users) != set(parts):
         return None
     return whole if _fits(whole) else None
+
+
+def scattered(heads: fx.Node, turned: fx.Node) -> tuple[fx.Node, Any, fx.Node] | None:
+    """(whole, start, result) where ``turned`` takes the place of ``heads``, its last tokens.
+
+    All [B, H, T, D]; ``whole[:, :, start:] = turned``, as an assignment is captured.
+    """
+    if heads.target is not A.slice.Tensor or len(heads.args) != 4:
+        return None
+    whole: Any = heads.args[0]
+    axis, start, end = heads.args[1:]
+    result = only_user(turned)
+    if (axis, end) != (2, END) or result is None or not _fits(whole):
+        return None
+    if result.target is not A.slice_scatter.default:
+        return None
+    if result.args != (whole, turned, axis, start, end) or set(whole.users) != {heads, result}:
+        return None
+    return whole, start, result
 
 
 def uncast(node: Any) -> Any:

@@ -4,6 +4,7 @@
 
     type_as(clone(x), x)                              ->  x
     slice(x, 0, 0, 9223372036854775807), x * 1        ->  x
+    repeat_interleave(x, 1), slice_scatter(y, x) of all of y  ->  x
     to(x, bf16), type_as(x, bf16 value)               ->  _to_copy(x, dtype=bf16)
     view, _unsafe_view, squeeze, flatten, view_as     ->  reshape
     split_with_sizes(x, [n, n]), chunk                ->  split(x, n)

@@ -88,6 +88,52 @@ class Joined(Attention):
         return (x.float() * cos + partner.float() * sin).to(x.dtype)
 
 
+class Swapped(Attention):
+    """Turned behind the swap of heads and tokens, [B, H, T, D].
+
+    ``form``: ``alone``; ``assigned`` to the tokens behind the text; ``joined`` text in front, too,
+    each with a norm of its own.
+    """
+
+    def __init__(self, form: str, norm: str = "each") -> None:
+        super().__init__(128, 2, norm)
+        self.form = form
+
+    def rotated(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        cos, sin = (torch.cat([t, 0.9 * t], -1).transpose(1, 2) for t in (cos, sin))
+        if self.form == "joined":
+            x = torch.cat([x[:, :, :7].tanh(), norm(x[:, :, 7:])], 2)
+        else:
+            x = norm(x)
+        if self.form == "alone":
+            return self.turned(x, cos, sin).transpose(1, 2)
+        x[:, :, 7:] = self.turned(x[:, :, 7:], cos[:, :, 7:], sin[:, :, 7:])
+        return x.transpose(1, 2)
+
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+        partner = torch.stack([-b, a], -1).flatten(3)
+        return (x.float() * cos + partner.float() * sin).to(x.dtype)
+
+
+class Complex(Attention):
+    """Pairs as complex numbers, text in front with angles of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(128, 2, "each")
+
+    def rotated(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+        table = torch.complex(cos, sin).squeeze(0)
+        x = norm(x.unflatten(-1, (self.heads, -1)))
+        text, video = (self.turned(x[:, s], table[s]) for s in (slice(0, 7), slice(7, None)))
+        return torch.cat([text, video], 1)
+
+    def turned(self, x: Tensor, table: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * table).flatten(3).type_as(x)
+
+
 def compressed(
     norm: str, dtype: torch.dtype, *more: Any, model: nn.Module | None = None
 ) -> tuple[Graph, Sample]:
@@ -151,6 +197,43 @@ def test_heads_times_cosines_plus_partners_times_sines(form: str, pairs: bool) -
     for name in ("neg", "stack"):
         assert not [n for n in graph.nodes if n.target is getattr(torch.ops.aten, name).default]
     assert relative_error(output(graph, sample), expected) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("form", "norm", "start"),
+    [("alone", "rms", "0"), ("assigned", "rms", "7"), ("joined", "none", "7")],
+)
+def test_heads_that_come_before_tokens(form: str, norm: str, start: str) -> None:
+    graph, sample = compressed("each", BF16, model=Swapped(form))
+    expected, before = output(graph, sample), str(graph)
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    found = calls(graph, "rope")
+    assert [node.args[1] for node in found] == [norm] * 2, before + str(graph)
+    assert [str(node.args[7]) for node in found] == [start] * 2
+    left = {str(n.target) for n in graph.nodes}
+    assert not left & {"aten.neg.default", "aten.stack.default", "aten.slice_scatter.default"}
+    assert relative_error(output(graph, sample), expected) < 0.01
+
+
+def test_pairs_as_complex_numbers() -> None:
+    graph, sample = compressed("each", BF16, model=Complex())
+    expected, before = output(graph, sample), str(graph)
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    assert [node.args[8] for node in calls(graph, "rope")] == [True] * 4, before + str(graph)
+    assert not [n for n in graph.nodes if "view_as_complex" in str(n.target)]
+    assert relative_error(output(graph, sample), expected) < 0.01
+
+
+def test_what_else_reads_keeps_the_rotation_apart() -> None:
+    class Watched(Swapped):
+        def rotated(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+            kept = norm(x.unflatten(-1, (self.heads, -1)).transpose(1, 2))
+            cos, sin = (torch.cat([t, t], -1).transpose(1, 2) for t in (cos, sin))
+            return (self.turned(kept, cos, sin) + kept.mean()).transpose(1, 2)
+
+    graph, _ = compressed("each", BF16, model=Watched("alone"))
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    assert not calls(graph, "rope")
 
 
 def test_the_text_before_and_after() -> None:

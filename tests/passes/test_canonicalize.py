@@ -70,6 +70,25 @@ def test_what_has_no_effect_goes() -> None:
     )
 
 
+def test_an_assignment_to_all_and_a_single_repeat_go() -> None:
+    def idle(x: Tensor) -> Tensor:
+        y = x.tanh()
+        y[:, 1:] = x[:, 1:]  # goes through y[:], the slice of all rows
+        return y.repeat_interleave(1, dim=0)
+
+    assert_ir(
+        canonical(Function(idle), torch.randn(2, 4)),
+        """
+        graph (%x: f32[s0, 4]) @captured {
+          %0 = aten.tanh(%x) : f32[s0, 4]
+          %1 = aten.slice(%x, 1, 1, 9223372036854775807) : f32[s0, 3]
+          %2 = aten.slice_scatter(%0, %1, 1, 1, 9223372036854775807) : f32[s0, 4]
+          return [%2]
+        }
+        """,
+    )
+
+
 def test_casts_reshapes_and_splits_have_one_spelling() -> None:
     def spelled(x: Tensor) -> Tensor:
         a, b = torch.split(x.view(-1, 2, 4).flatten(1), [4, 4], dim=1)

@@ -41,8 +41,13 @@ def noop_source(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
     if not isinstance(source, fx.Node) or not _same_type(source, node):
         return None
-    if node.target in _COPIES:
+    once = node.target is A.repeat_interleave.self_int and node.args[1] == 1
+    if once or node.target in _COPIES:
         return None if _strides_matter(node) or _escapes(node, source) else source
+    if node.target is A.slice_scatter.default:  # over all there is, as an assignment to x[:]
+        new = node.args[1]
+        whole = isinstance(new, fx.Node) and _same_type(new, node)
+        return new if whole and not _escapes(node, new) else None
     if node.target is A.slice.Tensor:
         return source if (len(node.args) < 5 or node.args[4] == 1) else None
     if node.target is A.dropout.default:
@@ -89,8 +94,8 @@ def _same_type(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _strides_matter(node: fx.Node) -> bool:
-    """True if an op that needs certain strides reads ``node`` through views."""
-    if node.target not in (A.clone.default, A.contiguous.default):
+    """True if an op that needs certain strides reads ``node``, which makes them, through views."""
+    if node.target not in _DENSE:
         return False
     frontier, seen = list(node.users), set()
     while frontier:
@@ -157,6 +162,7 @@ VIEWS = frozenset(
         operator.getitem,
     }
 )
+_DENSE = {A.clone.default, A.contiguous.default, A.repeat_interleave.self_int}
 _STRIDED = {A.view_as_complex.default, A.as_strided.default, A.view.dtype}
 _ONE = {A.mul.Tensor, A.div.Tensor}
 _ZERO = {A.add.Tensor, A.sub.Tensor}
