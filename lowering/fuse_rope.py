@@ -22,6 +22,7 @@
     aten.permute(aten.cat([%r, %text], 1))   ->  aten.cat([%q, aten.permute(%text)], 2)
     the same, %r and %text slices of one %h  ->  one rope over all of %h, its table as long as %r
     %h[:, :, %n:] = %r, behind the swap      ->  one rope over all of %h, from token %n on
+    anything else behind %r                  ->  one rope, swapped back
 
 A norm of each head comes after the reshape; ``lowering.rope_forms`` knows the spellings. Codes are
 made before tokens are brought in the order of a mask, which moves codes and scales instead. A mask
@@ -41,6 +42,7 @@ from torch import fx
 
 from vdqc.base.sparsity import MASKS, MaskPolicy
 from vdqc.ir.graph import Graph
+from vdqc.ir.learned import cast
 from vdqc.kernels.quantize_rows import QUANTIZE_ROWS
 from vdqc.kernels.rope_quantize import ROPE, ROPE_QUANTIZE
 from vdqc.kernels.token_order import TOKEN_ORDER
@@ -84,18 +86,24 @@ def _fuse_rope(graph: Graph, cat: fx.Node) -> bool:
 
 
 def _tables(graph: Graph, rope: Turned, before: fx.Node) -> list[fx.Node]:
-    """cos and sin as [T, D/2 or D], or [B, T, D/2 or D]."""
+    """cos and sin as [T, D/2 or D], or [B, T, D/2 or D]; of 32 bits unless the model has more."""
     flat = []
     for table in rope.tables:
         rank = table.meta["val"].ndim
-        table = graph.call(A.select.int, table, rank - 1 - rope.tokens, 0, before=before)
+        rows = graph.call(A.select.int, table, rank - 1 - rope.tokens, 0, before=before)
         if rank == 4 and table.meta["val"].shape[0] == 1:
-            table = graph.call(A.select.int, table, 0, 0, before=before)
-        flat.append(table)
-    if len(flat) == 2:
+            rows = graph.call(A.select.int, rows, 0, 0, before=before)
+        flat.append(rows)
+    if len(flat) == 1:
+        pairs = graph.call(A.view_as_real.default, flat[0], before=before)
+        flat = [graph.call(A.select.int, pairs, -1, part, before=before) for part in (0, 1)]
+    if rope.heads.meta["val"].dtype == torch.float64:
         return flat
-    parts = graph.call(A.view_as_real.default, flat[0], before=before)
-    return [graph.call(A.select.int, parts, -1, part, before=before) for part in (0, 1)]
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return [
+        rows if rows.meta["val"].dtype in narrow else cast(graph, rows, torch.float32, before)
+        for rows in flat
+    ]
 
 
 def _fuse_partner(graph: Graph, total: fx.Node) -> bool:
@@ -104,36 +112,42 @@ def _fuse_partner(graph: Graph, total: fx.Node) -> bool:
     if rope is None:
         return False
     end = total
-    while (cast := only_user(end)) is not None and uncast(cast) is not cast:
-        end = cast
+    while (reader := only_user(end)) is not None and uncast(reader) is not reader:
+        end = reader
+    if end.meta["val"].dtype != rope.heads.meta["val"].dtype:
+        return False
     way = only_user(end)
-    if way is None or end.meta["val"].dtype != rope.heads.meta["val"].dtype:
-        return False
     if rope.tokens == 2:  # heads come first already
-        whole, start, end = scattered(rope.heads, end) or (rope.heads, 0, end)
-        graph.replace(end, _emit(graph, rope, whole, end, start))
-    elif _swaps_heads_and_tokens(way):
+        heads, start, result = scattered(rope.heads, end) or (rope.heads, 0, end)
+        graph.replace(result, _emit(graph, rope, heads, result, start))
+    elif way is not None and _swaps_heads_and_tokens(way):
         graph.replace(way, _emit(graph, rope, rope.heads, way))
-    elif way.target is A.cat.default and list(way.args[1:]) == [1]:
-        swap = only_user(way)
-        if swap is None or not _swaps_heads_and_tokens(swap):
-            return False
-        parts: list[fx.Node] = list(way.args[0])  # type: ignore[arg-type]
-        whole = cut_from(rope.heads, [rope.heads if part is end else part for part in parts])
-        if whole is not None and parts[0] is end:
-            graph.replace(swap, _emit(graph, rope, whole, swap))
-        else:
-            turned = _emit(graph, rope, rope.heads, swap)
-            swapped = [
-                turned
-                if part is end
-                else graph.call(swap.target, part, *swap.args[1:], before=swap)
-                for part in parts
-            ]
-            graph.replace(swap, graph.call(A.cat.default, swapped, 2, before=swap))
-    else:
-        return False
+    elif not _fuse_joined(graph, rope, end):  # something else in between, such as shared heads
+        turned = _emit(graph, rope, rope.heads, end)
+        graph.replace(end, graph.call(A.transpose.int, turned, 1, 2, before=end))
     graph.module.graph.eliminate_dead_code()
+    return True
+
+
+def _fuse_joined(graph: Graph, rope: Turned, end: fx.Node) -> bool:
+    """``permute(cat([.., end, ..], 1))``: the permutation goes in front of the join."""
+    join = only_user(end)
+    if join is None or join.target is not A.cat.default or list(join.args[1:]) != [1]:
+        return False
+    swap = only_user(join)
+    if swap is None or not _swaps_heads_and_tokens(swap):
+        return False
+    parts: list[fx.Node] = list(join.args[0])  # type: ignore[arg-type]
+    whole = cut_from(rope.heads, [rope.heads if part is end else part for part in parts])
+    if whole is not None and parts[0] is end:
+        graph.replace(swap, _emit(graph, rope, whole, swap))
+        return True
+    turned = _emit(graph, rope, rope.heads, swap)
+    swapped = [
+        turned if part is end else graph.call(swap.target, part, *swap.args[1:], before=swap)
+        for part in parts
+    ]
+    graph.replace(swap, graph.call(A.cat.default, swapped, 2, before=swap))
     return True
 
 

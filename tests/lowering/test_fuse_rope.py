@@ -224,6 +224,22 @@ def test_pairs_as_complex_numbers() -> None:
     assert relative_error(output(graph, sample), expected) < 0.01
 
 
+def test_heads_that_several_share_are_turned_once() -> None:
+    class Shared(Complex):
+        def rotated(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+            table = torch.complex(cos.double(), sin.double()).squeeze(0)
+            first = norm(x.unflatten(-1, (self.heads, -1)))[:, :, :1]
+            return self.turned(first, table).repeat_interleave(2, 2)
+
+    graph, sample = compressed("each", BF16, model=Shared())
+    expected = output(graph, sample)
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    found = calls(graph, "rope")
+    assert len(found) == 2, str(graph)
+    assert {node.args[5].meta["val"].dtype for node in found} == {F32}
+    assert relative_error(output(graph, sample), expected) < 0.01
+
+
 def test_what_else_reads_keeps_the_rotation_apart() -> None:
     class Watched(Swapped):
         def rotated(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:

@@ -46,8 +46,9 @@ def noop_source(node: fx.Node) -> fx.Node | None:
         return None if _strides_matter(node) or _escapes(node, source) else source
     if node.target is A.slice_scatter.default:  # over all there is, as an assignment to x[:]
         new = node.args[1]
-        whole = isinstance(new, fx.Node) and _same_type(new, node)
-        return new if whole and not _escapes(node, new) else None
+        if not isinstance(new, fx.Node) or not _same_type(new, node) or _escapes(node, new):
+            return None
+        return new
     if node.target is A.slice.Tensor:
         return source if (len(node.args) < 5 or node.args[4] == 1) else None
     if node.target is A.dropout.default:
