@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vdqc.base.diagnostics import ConfigError, nearest
-from vdqc.check import CheckResult
+from vdqc.check_result import CheckResult
 from vdqc.engine.named import NamedRecipe
 from vdqc.explain import Plan
 from vdqc.report.data import ReportData

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import torch
 
-from vdqc.check import CheckResult, StepError, Timing, VideoQuality
+from vdqc.check_result import CheckResult, StepError, Timing, VideoQuality
 from vdqc.engine.pass_manager import PassRecord
 from vdqc.ir.graph import Stage
 from vdqc.observe import SiteTime

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from vdqc.base.diagnostics import InputError
-from vdqc.check import Thresholds, check
+from vdqc.check import check
+from vdqc.check_result import Thresholds
 from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source
 

@@ -46,13 +46,14 @@ def add(sub: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry it out; 1 if a threshold is missed."""
     from vdqc import check, report, summary
+    from vdqc.check_result import Thresholds
     from vdqc.compiled import load
     from vdqc.forecast import predicted_seconds
     from vdqc.ir import artifact
     from vdqc.ir.source import load_source
     from vdqc.report.data import report_data
 
-    wanted = check.Thresholds(
+    wanted = Thresholds(
         options.min_sqnr, options.min_psnr, options.min_ssim, options.min_accuracy
     )
     progress = progress_of(options)

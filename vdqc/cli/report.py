@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
 def read_check(file: Path) -> Any:
     """The ``CheckResult`` that ``vdqc check -o`` wrote; raises InputError for anything else."""
-    from vdqc.check import CheckResult
+    from vdqc.check_result import CheckResult
 
     try:
         data = json.loads(file.read_bytes())

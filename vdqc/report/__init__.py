@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vdqc.check import CheckResult
+from vdqc.check_result import CheckResult
 from vdqc.ir.artifact import MANIFEST, Artifact
 from vdqc.report import errors, frames, layers, masks, program, sites
 from vdqc.report.data import ReportData, report_data

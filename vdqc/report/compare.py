@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import final
 
 from vdqc.base.diagnostics import ConfigError
-from vdqc.check import CheckResult
+from vdqc.check_result import CheckResult
 from vdqc.report import charts
 from vdqc.report.data import ReportData
 from vdqc.report.errors import step_axes, step_marks

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vdqc.check import CheckResult, StepError
+from vdqc.check_result import CheckResult, StepError
 from vdqc.report import charts
 from vdqc.report.heat import Panel, Scale, panel
 from vdqc.report.page import Html, details, section, table, tag

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from vdqc.check import CheckResult
+from vdqc.check_result import CheckResult
 from vdqc.report import png
 from vdqc.report.page import Html, details, section, table, tag
 from vdqc.text import count, decibel, size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vdqc.check import CheckResult
+from vdqc.check_result import CheckResult
 from vdqc.ir.graph import block_of
 from vdqc.observe import SiteTime
 from vdqc.report import charts

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from vdqc.base.sparsity import MASKS, MaskPolicy
-from vdqc.check import CheckResult
+from vdqc.check_result import CheckResult
 from vdqc.report import png
 from vdqc.report.data import ReportData
 from vdqc.report.mask_data import MaskRow, policy_pictures, seen_pictures
