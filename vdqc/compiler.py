@@ -5,9 +5,8 @@ This is the whole pipeline, read from top to bottom; every step lives in its own
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,49 +14,48 @@ from typing import Any, final
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from vdqc import report
 from vdqc.aot import PACKAGE, package
-from vdqc.base import numerics
-from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError, VerifyError
+from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError
 from vdqc.base.target import Target
 from vdqc.bypassed import refuse_bypassed_hooks
-from vdqc.calls import flat_output, users_code
+from vdqc.calls import users_code
+from vdqc.compile_checks import (
+    Progress,
+    check_capture,
+    check_weights,
+    float_output,
+    lower_checked,
+    weight_bytes,
+)
 from vdqc.engine.distributed import is_first_worker, own_place, workers
 from vdqc.engine.named import NamedRecipe, named
-from vdqc.engine.pass_manager import Context, PassManager, PassRecord, check_order, probe_output
+from vdqc.engine.pass_manager import Context, PassManager, PassRecord, check_order
 from vdqc.engine.pool import INDEX, Pool, open_pool
 from vdqc.engine.recipe import Recipe, load_pass
 from vdqc.engine.trajectory import record
 from vdqc.hub import layout
 from vdqc.ir import artifact, transforms
 from vdqc.ir.artifact import Artifact
-from vdqc.ir.finished import Piece
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph, Stage
-from vdqc.ir.resume import SAID, WeightWork, finish, resumable, run_facts, share
+from vdqc.ir.resume import SAID, resumable, run_facts
 from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source, load_source
 from vdqc.ir.weights import return_freed_memory
 from vdqc.lowering.between import between_sites
-from vdqc.lowering.lower import lower
 from vdqc.lowering.precompile import CUBINS, check_precompiles
 from vdqc.lowering.precompile import precompile as compile_kernels
 from vdqc.lowering.rules import sized_like
-from vdqc.lowering.select import KernelChoice
 from vdqc.passes.table import PASSES
 from vdqc.sites import site_rows, with_kernels
 
 #: Where the first sample's tensors are kept; in a folder of its own, apart from the weights.
 PROBE = "probe/inputs.safetensors"
-
-#: Bytes of weights that are checked as one piece of work.
-CHECKED_BYTES = 1 << 29
 #: What is done where neither passes nor a recipe are named.
 DEFAULT_PASSES = "rotate,smooth,quant"
-#: Wraps an iterable with a progress bar: ``(items, description) -> items``.
-Progress = Callable[[Any, str], Any]
 
 
 def compile(
@@ -275,19 +273,6 @@ def as_source(
     return Source(model.eval(), list(samples), name=type(model).__name__)
 
 
-@torch.no_grad()
-def float_output(source: Source) -> Tensor | None:
-    """What the model itself computes for the first sample; None if its weights are on disk.
-
-    Raises InputError, naming the user's line, if that call fails.
-    """
-    if source.stored:
-        return None
-    advice = "expected samples that the model takes: check their shapes and dtypes"
-    with users_code("the model's forward on the first sample", advice):
-        return flat_output(source.model(**source.samples[0].inputs))
-
-
 def capture_source(source: Source, diagnostics: Diagnostics) -> tuple[Graph, PassRecord]:
     """The graph of a source, and what capture did; weights that were left on disk stay there."""
     start = time.perf_counter()
@@ -314,110 +299,6 @@ def probe_stored(verify: bool, aot: bool, diagnostics: Diagnostics) -> bool:
             "vdqc check compares the artifact with the float model",
         )
     return False
-
-
-def check_capture(graph: Graph, manager: PassManager, expected: Tensor | None) -> None:
-    """Raise VerifyError unless the captured graph computes what the model itself does."""
-    if expected is None or manager.probed is None:
-        return
-    error = numerics.relative_error(manager.probed[0], expected)
-    allowed = tolerance(graph)
-    if not error <= allowed:
-        raise VerifyError(
-            f"the captured graph differs from the model by {error:.2e} (allowed {allowed:.0e})",
-            "is the model random, or does it keep state between calls? expected neither",
-            code="not-exact",
-        )
-
-
-def check_weights(graph: Graph, progress: Progress = lambda items, description: items) -> None:
-    """Raise InputError naming the first weight that holds NaN or infinity; one pass over them."""
-    nodes = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
-    batches = _batches(nodes.values(), CHECKED_BYTES)
-    works = [WeightWork("check", b, functools.partial(_check_finite, graph, b)) for b in batches]
-    share(graph, works, "check weights", progress)
-    for work in progress(works, "check weights"):
-        finish(graph, work)
-
-
-def _check_finite(graph: Graph, nodes: Iterable[fx.Node]) -> Piece:
-    for name in (str(node.target) for node in nodes):
-        value = graph.param(name)
-        if not value.is_floating_point() or not value.numel() or value.itemsize < 2:
-            continue
-        low, high = torch.aminmax(value)  # NaN spreads to both: no mask as large as the weight
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            bad = int((~torch.isfinite(value)).sum())
-            raise InputError(
-                f"the weight holds NaN or infinity in {bad} of {value.numel()} places",
-                "expected finite weights: load or train the model again",
-                code="not-finite",
-                site=name,
-            )
-    return Piece()
-
-
-def _batches(nodes: Iterable[fx.Node], most: int) -> Iterator[list[fx.Node]]:
-    """``nodes`` in order, in lists of about ``most`` bytes."""
-    batch: list[fx.Node] = []
-    size = 0
-    for node in nodes:
-        batch.append(node)
-        size += _value_bytes(node)
-        if size >= most:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def weight_bytes(graph: Graph) -> int:
-    """Bytes of all weights that the program reads."""
-    return sum(_value_bytes(node) for node in graph.nodes if node.op == "get_attr")
-
-
-def _value_bytes(node: fx.Node) -> int:
-    value = node.meta["val"]
-    return int(value.numel()) * value.dtype.itemsize
-
-
-def lower_checked(
-    graph: Graph, ctx: Context, manager: PassManager
-) -> tuple[list[KernelChoice], PassRecord]:
-    """Lower ``graph`` in place and compare it with itself before, on the probe.
-
-    Integer sums are exact, but float sums run in another order; a value at the edge of two codes
-    then falls to the other side, and from there on the noise of quantisation is another draw of the
-    same size. So the lowered program may differ from the compressed graph by no more than two such
-    draws do, and must be as close to the float model. Raises VerifyError.
-    """
-    start = time.perf_counter()
-    choices = lower(graph, ctx.target, ctx.diagnostics, progress=ctx.progress)
-    seconds = time.perf_counter() - start
-    error = sqnr = None
-    if manager.probed is not None:
-        reference, compressed = manager.probed
-        lowered = probe_output(graph, ctx.probe_inputs(graph))
-        error = numerics.relative_error(lowered, compressed)
-        sqnr = numerics.sqnr_db(lowered, reference)
-        noise = numerics.relative_error(compressed, reference)
-        distance = numerics.relative_error(lowered, reference)
-        equal = tolerance(graph)
-        near = error <= max(equal, numerics.REDRAWN_NOISE * noise)
-        if not (near and distance <= max(equal, numerics.REDRAWN_DISTANCE * noise)):
-            raise VerifyError(
-                f"lowering moved the probe output by {error:.2e}; its distance to the float model "
-                f"went from {noise:.2e} to {distance:.2e}",
-                "this is a fault of a kernel, not of the model: please report it",
-                code="not-exact",
-            )
-    text = f"lower{{target={ctx.target}}}"
-    return choices, PassRecord(text, True, Stage.LOWERED, seconds, len(choices), error, sqnr)
-
-
-def tolerance(graph: Graph) -> float:
-    """Relative error that counts as equal in the dtype of the model."""
-    return numerics.TOLERANCE[getattr(torch, graph.origin.dtype)]
 
 
 def save_probe(graph: Graph, sample: Sample, folder: Path) -> None:

@@ -11,7 +11,8 @@ import vdqc
 from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError
 from vdqc.base.numerics import sqnr_db
 from vdqc.cli import main
-from vdqc.compiler import check_weights, complete
+from vdqc.compile_checks import check_weights
+from vdqc.compiler import complete
 from vdqc.engine.recipe import Recipe
 from vdqc.ir.source import load_source
 from vdqc.passes.table import PASSES

@@ -53,9 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from vdqc.ir.source import load_source
     from vdqc.report.data import report_data
 
-    wanted = Thresholds(
-        options.min_sqnr, options.min_psnr, options.min_ssim, options.min_accuracy
-    )
+    wanted = Thresholds(options.min_sqnr, options.min_psnr, options.min_ssim, options.min_accuracy)
     progress = progress_of(options)
     found = artifact.read(options.artifact, progress=progress)
     compiled = load(Path(options.artifact), reference=True)  # a machine that compiles can compare

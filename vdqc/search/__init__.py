@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from vdqc.base.diagnostics import ConfigError, Diagnostics
 from vdqc.base.scheme import QuantScheme
 from vdqc.base.target import Target
-from vdqc.compiler import capture_source, check_weights
+from vdqc.compile_checks import check_weights
+from vdqc.compiler import capture_source
 from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source
 from vdqc.lowering.rules import sized_like

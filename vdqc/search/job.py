@@ -16,7 +16,8 @@ from typing import Any, final
 from vdqc.base.diagnostics import Diagnostics, InputError
 from vdqc.base.scheme import QuantScheme
 from vdqc.base.target import Target
-from vdqc.compiler import complete, weight_bytes
+from vdqc.compile_checks import weight_bytes
+from vdqc.compiler import complete
 from vdqc.engine.named import NamedRecipe
 from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.engine.recipe import Recipe, parse_passes, parse_rule
