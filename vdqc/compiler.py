@@ -149,6 +149,8 @@ def compile(
             }
             if precompile:
                 calls_made = [sample.inputs for sample in source.samples]
+                if calls is not None:
+                    calls_made += [calls[index].inputs for index in calls.one_of_each_size()]
                 compile_kernels(graph, machine, folder / CUBINS, diagnostics, calls_made)
             artifact.write(
                 graph,

@@ -84,6 +84,18 @@ def test_a_pool_opens_again_with_the_same_hash(tmp_path: Path) -> None:
     assert again[-1].inputs["x"].equal(pool[5].inputs["x"])
 
 
+def test_one_candidate_of_each_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sizes(model: Any, seed: int) -> Tensor:
+        for rows in (2, 2 + seed % 2):
+            model(torch.randn(rows, 4), torch.rand(rows))
+        return torch.zeros(1)
+
+    monkeypatch.setattr(trajectory, "SHARD_BYTES", 40)
+    pool = record(Model(), sizes, [0, 1, 2, 3], tmp_path / "pool")
+    assert [list(pool[i].inputs["x"].shape) for i in pool.one_of_each_size()] == [[2, 4], [3, 4]]
+    assert pool.one_of_each_size() == [0, 3]
+
+
 def test_recording_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trajectory, "SHARD_BYTES", 40)
     pool = record(Model(), generate, [0], tmp_path / "pool")

@@ -79,6 +79,21 @@ class Pool(Sequence[Sample]):
         here = self.candidates[index]
         return Sample(inputs, here.timestep, here.seed, here.step)
 
+    def one_of_each_size(self) -> list[int]:
+        """The first candidate of every combination of sizes; reads the headers of shards alone."""
+        shapes: dict[Path, dict[str, list[int]]] = {}
+        found: dict[str, int] = {}
+        for index, (trajectory, call) in enumerate(self._calls):
+
+            def shape(place: Sequence[Any], files: Any = trajectory["files"]) -> list[int]:
+                file = self.folder / files[place[0]]["name"]
+                if file not in shapes:
+                    shapes[file] = _shapes(file)
+                return shapes[file][place[1]]
+
+            found.setdefault(_sizes(call["inputs"], shape), index)
+        return list(found.values())
+
     def _tensor(self, trajectory: Mapping[str, Any], place: Sequence[Any]) -> Tensor:
         entry = trajectory["files"][place[0]]
         file = self.folder / entry["name"]
@@ -243,6 +258,25 @@ def _decode(value: Mapping[str, Any], read: Any) -> Any:
         case "tuple":
             return tuple(_decode(item, read) for item in content)
     return content
+
+
+def _sizes(value: Mapping[str, Any], shape: Any) -> str:
+    """What of an encoded argument sizes depend on: shapes, whole numbers, structure."""
+    ((kind, content),) = value.items()
+    match kind:
+        case "tensor":
+            return str(shape(content))
+        case "dict":
+            return str({key: _sizes(item, shape) for key, item in content.items()})
+        case "list" | "tuple":
+            return str([_sizes(item, shape) for item in content])
+    return "float" if isinstance(content, float) else repr(content)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    with safe_open(file, framework="pt") as handle:
+        names = handle.keys()
+        return {name: list(handle.get_slice(name).get_shape()) for name in names}
 
 
 def _content(sample: Sample) -> str:
