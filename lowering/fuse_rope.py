@@ -23,6 +23,7 @@
     the same, %r and %text slices of one %h  ->  one rope over all of %h, its table as long as %r
     %h[:, :, %n:] = %r, behind the swap      ->  one rope over all of %h, from token %n on
     anything else behind %r                  ->  one rope, swapped back
+    %r of [B, T, H D], tables as wide        ->  one rope over [B, T H, 1, D]
 
 A norm of each head comes after the reshape; ``lowering.rope_forms`` knows the spellings. Codes are
 made before tokens are brought in the order of a mask, which moves codes and scales instead. A mask
@@ -34,6 +35,7 @@ Source: Su et al., RoFormer, arXiv 2104.09864, eq. 34.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -53,6 +55,7 @@ from vdqc.lowering.rope_forms import (
     cut_from,
     only_user,
     partnered,
+    readers_past_casts,
     scattered,
     turned_halves,
     uncast,
@@ -61,6 +64,8 @@ from vdqc.lowering.rope_forms import (
 A = torch.ops.aten
 #: Tokens of a block of means, which nothing reads yet.
 _BLOCK = 128
+#: Channels of a piece, at most, where heads are not told apart.
+_PIECE = 128
 
 
 def fuse_rope(graph: Graph) -> tuple[int, int]:
@@ -86,7 +91,7 @@ def _fuse_rope(graph: Graph, cat: fx.Node) -> bool:
 
 
 def _tables(graph: Graph, rope: Turned, before: fx.Node) -> list[fx.Node]:
-    """cos and sin as [T, D/2 or D], or [B, T, D/2 or D]; of 32 bits unless the model has more."""
+    """cos and sin as [T, D/2 or D], or [B, T, D/2 or D]."""
     flat = []
     for table in rope.tables:
         rank = table.meta["val"].ndim
@@ -97,12 +102,17 @@ def _tables(graph: Graph, rope: Turned, before: fx.Node) -> list[fx.Node]:
     if len(flat) == 1:
         pairs = graph.call(A.view_as_real.default, flat[0], before=before)
         flat = [graph.call(A.select.int, pairs, -1, part, before=before) for part in (0, 1)]
+    return _narrow(graph, rope, flat, before)
+
+
+def _narrow(graph: Graph, rope: Turned, tables: list[fx.Node], before: fx.Node) -> list[fx.Node]:
+    """``tables`` in a dtype that the kernel takes, where the model has one."""
     if rope.heads.meta["val"].dtype == torch.float64:
-        return flat
+        return tables
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     return [
         rows if rows.meta["val"].dtype in narrow else cast(graph, rows, torch.float32, before)
-        for rows in flat
+        for rows in tables
     ]
 
 
@@ -117,7 +127,9 @@ def _fuse_partner(graph: Graph, total: fx.Node) -> bool:
     if end.meta["val"].dtype != rope.heads.meta["val"].dtype:
         return False
     way = only_user(end)
-    if rope.tokens == 2:  # heads come first already
+    if rope.heads.meta["val"].ndim == 3:
+        graph.replace(end, _emit_flat(graph, rope, end))
+    elif rope.tokens == 2:  # heads come first already
         heads, start, result = scattered(rope.heads, end) or (rope.heads, 0, end)
         graph.replace(result, _emit(graph, rope, heads, result, start))
     elif way is not None and _swaps_heads_and_tokens(way):
@@ -162,6 +174,24 @@ def _emit(graph: Graph, rope: Turned, heads: fx.Node, before: fx.Node, start: An
     tables = _tables(graph, rope, before)
     both = graph.call(ROPE.op, x, *norm, *tables, start, rope.interleaved, _BLOCK, before=before)
     return graph.call(operator.getitem, both, 0, before=before)
+
+
+def _emit_flat(graph: Graph, rope: Turned, before: fx.Node) -> fx.Node:
+    """The kernel over pieces of channels, each a token of one head with angles of its own."""
+    readers = readers_past_casts(rope.heads)
+    sizes: Any = next(node for node in readers if node.target is A.reshape.default).args[1]
+    channels: int = rope.heads.meta["val"].shape[-1]
+    width = math.gcd(channels, _PIECE)
+    tables = []
+    for table in rope.tables:
+        one = table.meta["val"].shape[0] == 1
+        shape = [-1, width] if one else [sizes[0], -1, width]
+        tables.append(graph.call(A.reshape.default, table, shape, before=before))
+    x = graph.call(A.reshape.default, rope.heads, [sizes[0], -1, 1, width], before=before)
+    operands = (x, "none", None, None, 0.0, *_narrow(graph, rope, tables, before), 0, True, _BLOCK)
+    both = graph.call(ROPE.op, *operands, before=before)
+    turned = graph.call(operator.getitem, both, 0, before=before)
+    return graph.call(A.reshape.default, turned, [*sizes[:2], channels], before=before)
 
 
 def _norm(heads: fx.Node) -> tuple[fx.Node, str, Any, Any, float]:

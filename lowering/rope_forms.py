@@ -14,8 +14,8 @@
 
 The first is what ``lowering.fuse`` makes of pairs, with tables [.., D/2]; the second is that of
 diffusers' ``apply_rotary_emb`` with tables [.., D], also with halves, ``%p = cat([-%b, %a], -1)``,
-and also behind the swap of heads and tokens, [B, H, T, D]. Casts may stand anywhere. Reads the
-graph, never edits it.
+behind the swap of heads and tokens, [B, H, T, D], or before heads are told apart, [B, T, H D] with
+tables as wide. Casts may stand anywhere. Reads the graph, never edits it.
 
 Source: Su et al., RoFormer, arXiv 2104.09864, eq. 34.
 """
@@ -42,8 +42,10 @@ class Turned:
     """What is turned and by what.
 
     Attributes:
-        heads: [B, T, H, D] or, where ``tokens`` is 2, [B, H, T, D].
-        tables: cos and sin, or cos + i·sin; [.., T, 1, D/2 or D], with ``tokens`` 2 [.., 1, T, D].
+        heads: [B, T, H, D] or, where ``tokens`` is 2, [B, H, T, D]; [B, T, H D] of pairs where
+            every head has angles of its own.
+        tables: cos and sin, or cos + i·sin; [.., T, 1, D/2 or D], with ``tokens`` 2 [.., 1, T, D],
+            [.., T, H D] where heads are.
         interleaved: pairs are channels that lie next to each other.
         tokens: axis of the tokens.
     """
@@ -135,7 +137,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 def partnered(total: fx.Node) -> Turned | None:
     """``h * cos + partner(h) * sin``, where nothing else reads h."""
-    if total.kwargs or total.meta["val"].ndim != 4:
+    if total.kwargs or total.meta["val"].ndim not in (3, 4):
         return None
     products = [uncast(operand) for operand in total.args[:2]]
     if any(not isinstance(p, fx.Node) or p.target is not A.mul.Tensor for p in products):
@@ -146,10 +148,10 @@ def partnered(total: fx.Node) -> Turned | None:
                 source = _source_of_partner(partner)
                 if source is None or source[0] is not heads:
                     continue
-                reads = {*_readers_past_casts(heads)}
+                reads = {*readers_past_casts(heads)}
                 if reads != {one, source[1]} or not all(only_user(p) for p in products):
                     continue
-                for axis in (1, 2):
+                for axis in (1, 2) if total.meta["val"].ndim == 4 else (1,):
                     if all(_is_wide_table(table, heads, axis) for table in (cos, sin)):
                         return Turned(heads, (cos, sin), source[2], axis)
     return None
@@ -177,7 +179,7 @@ def complex_product(total: fx.Node) -> Turned | None:
         if not same or not _fits(heads) or list(pairs) != [heads.meta["val"].shape[-1] // 2, 2]:
             continue
         alone = all(only_user(node) for node in (real, product, paired, split))
-        if alone and _readers_past_casts(heads) == [split] and _is_complex_table(table, heads):
+        if alone and readers_past_casts(heads) == [split] and _is_complex_table(table, heads):
             return Turned(heads, (table,), True)
     return None
 
@@ -227,10 +229,10 @@ def _source_of_partner(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     heads: Any = split.args[0]
     width, shape = heads.meta["val"].shape[-1], split.meta["val"].shape
     wanted = [width // 2, 2] if pairs else [2, width // 2]
-    axes = (-1, 4) if pairs else (-2, 3)
-    if list(shape[-2:]) != wanted or cut.args[1] not in axes or not _fits(heads):
+    axes = (-1, len(shape) - 1) if pairs else (-2, len(shape) - 2)
+    if list(shape[-2:]) != wanted or cut.args[1] not in axes:
         return None
-    return heads, split, pairs
+    return (heads, split, pairs) if _fits(heads) or (pairs and _is_flat(heads)) else None
 
 
 def _halves(cut: Any) -> tuple[fx.Node, fx.Node, bool] | None:
@@ -248,23 +250,32 @@ def _fits(heads: fx.Node) -> bool:
     return len(shape) == 4 and isinstance(width, int) and width % 2 == 0 and width <= _WIDEST
 
 
+def _is_flat(heads: fx.Node) -> bool:
+    """True for [B, T, H D] that can be cut into pieces which the kernel takes."""
+    shape = heads.meta["val"].shape
+    return len(shape) == 3 and isinstance(shape[-1], int) and shape[-1] % 8 == 0
+
+
 def _is_wide_table(node: fx.Node, heads: fx.Node, axis: int) -> bool:
-    """True for [1 or B, T, 1, D], with T at ``axis``.
+    """True for [1 or B, T, 1, D], with T at ``axis``, or for [1 or B, T, H D] where heads are.
 
     A T of other symbols is equal: the product would fail else.
     """
     shape, like = node.meta["val"].shape, heads.meta["val"].shape
-    if len(shape) != 4 or shape[3 - axis] != 1 or shape[3] != like[3]:
+    if len(shape) != len(like) or shape[-1] != like[-1]:
+        return False
+    if len(shape) == 4 and shape[3 - axis] != 1:
         return False
     if isinstance(shape[axis], int) and not _equal(shape[axis], like[axis]):
         return False
     return shape[0] == 1 or _equal(shape[0], like[0])
 
 
-def _readers_past_casts(node: fx.Node) -> list[fx.Node]:
+def readers_past_casts(node: fx.Node) -> list[fx.Node]:
+    """Who reads ``node`` or a cast of it."""
     found: list[fx.Node] = []
     for user in node.users:
-        found += [user] if uncast(user) is user else _readers_past_casts(user)
+        found += [user] if uncast(user) is user else readers_past_casts(user)
     return found
 
 

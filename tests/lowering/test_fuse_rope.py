@@ -134,6 +134,26 @@ class Complex(Attention):
         return torch.view_as_real(pairs * table).flatten(3).type_as(x)
 
 
+class Flat(Attention):
+    """Turned before heads are told apart, each head with angles of its own."""
+
+    def __init__(self, batched: bool) -> None:
+        super().__init__(192, 3, "across")
+        self.batched = batched
+
+    def rotated(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+        x = norm(x)
+        steps = torch.arange(3)[:, None] + 1.0
+        cos, sin = ((t[:, :, 0, None] * steps / 4).flatten(2) for t in (cos, sin))
+        cos, sin = (t.repeat_interleave(2, -1) for t in (cos, sin))
+        if self.batched:
+            cos, sin = (t.expand(x.shape[0], -1, -1) for t in (cos, sin))
+        a, b = x.unflatten(2, (-1, 2)).unbind(-1)
+        partner = torch.stack([-b, a], -1).flatten(2)
+        x = (x.float() * cos + partner.float() * sin).to(x.dtype)
+        return x.unflatten(-1, (self.heads, -1))
+
+
 def compressed(
     norm: str, dtype: torch.dtype, *more: Any, model: nn.Module | None = None
 ) -> tuple[Graph, Sample]:
@@ -221,6 +241,18 @@ def test_pairs_as_complex_numbers() -> None:
     lower(graph, TARGETS["sm90"], Diagnostics())
     assert [node.args[8] for node in calls(graph, "rope")] == [True] * 4, before + str(graph)
     assert not [n for n in graph.nodes if "view_as_complex" in str(n.target)]
+    assert relative_error(output(graph, sample), expected) < 0.01
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_heads_with_angles_of_their_own(batched: bool) -> None:
+    graph, sample = compressed("across", BF16, model=Flat(batched))
+    expected, before = output(graph, sample), str(graph)
+    lower(graph, TARGETS["sm90"], Diagnostics())
+    found = calls(graph, "rope")
+    assert [node.args[0].meta["val"].shape[2:] for node in found] == [(1, 64)] * 2, before
+    assert [node.args[5].meta["val"].ndim for node in found] == [3 if batched else 2] * 2
+    assert not [n for n in graph.nodes if n.target is torch.ops.aten.stack.default]
     assert relative_error(output(graph, sample), expected) < 0.01
 
 
