@@ -1,9 +1,9 @@
 """What each paper claims to be better than, and what this repository's own rows say of it.
 
 A claim names the kind of model that the paper is about, the schemes of its tables and the
-baselines in them that are recipes here; published figures are on each recipe's page. ``verdict``
-compares a recipe with the best of its baselines at one scheme: a difference counts where it is
-larger than both spreads over seeds.
+baselines in them that are recipes here; published figures are on each recipe's page. A recipe is
+compared with the best of its baselines of no more effective bits; a difference counts where it is
+larger than both spreads over seeds. Baselines of more bits that do better are named beside it.
 
 Source: tables of arXiv 2509.21302 (QuantVGGT), 2508.04016 (S2Q-VDiT), 2505.22167 (Q-VDiT),
 2412.11549 (MPQ-DM); MPQ-DMv2 (2507.04290) has no public table, QuantSparse is compared part by
@@ -28,6 +28,8 @@ class Claim:
     against: tuple[str, ...]
 
 
+#: Effective bits that count as equal.
+SLACK = 0.1
 VIDEO = ("smoothquant", "quarot", "vidit_q", "qdit", "ptq4dit")
 CLAIMS = (
     Claim("quantvggt", "views", ("w4a4", "w6a6", "w8a8"), ("rtn", "smoothquant", "quarot", "gptq")),
@@ -44,77 +46,74 @@ CLAIMS = (
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One claim at one scheme; decibels of step-locked SQNR, ``spread`` half of largest - smallest.
+class Cell:
+    """A recipe at one scheme on one model, over its seeds.
 
-    ``bits`` are effective bits of the recipe and of the baseline: compare at equal bits.
+    ``bits`` are effective bits a weight; ``sqnr_db`` is step-locked, ``spread`` half of the largest
+    minus the smallest.
+    """
+
+    recipe: str
+    bits: float
+    sqnr_db: float
+    spread: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim at one scheme: the recipe, its best baseline of no more bits, and what is beside.
+
+    ``richer``: baselines of more bits that do better; ``missing``: those that were not measured.
     """
 
     claim: Claim
     scheme: str
-    bits: tuple[float, float]
-    sqnr_db: tuple[float, float]
-    spread: tuple[float, float]
-    seeds: tuple[int, int]
-    best: str
+    own: Cell
+    best: Cell
+    richer: tuple[Cell, ...]
     missing: tuple[str, ...]
 
     @property
     def margin(self) -> float:
         """Recipe minus best baseline, dB."""
-        return self.sqnr_db[0] - self.sqnr_db[1]
+        return self.own.sqnr_db - self.best.sqnr_db
 
     @property
     def word(self) -> str:
         """What the rows say."""
-        if abs(self.margin) <= sum(self.spread):
+        if abs(self.margin) <= self.own.spread + self.best.spread:
             return "level"
         return "ahead" if self.margin > 0 else "behind"
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
-    """Every claim at every scheme where the recipe and one of its baselines were measured."""
+    """Every claim at every scheme where the recipe and a baseline of its bits were measured."""
     for claim in CLAIMS:
         for scheme in claim.schemes:
-            found = {
-                name: group
-                for name in (claim.recipe, *claim.against)
-                if (group := measured(rows, claim.model, name, scheme))
-            }
-            own = found.pop(claim.recipe, None)
-            if own is None or not found:
+            own = cell(rows, claim.model, claim.recipe, scheme)
+            found = [cell(rows, claim.model, name, scheme) for name in claim.against]
+            measured = [other for other in found if other is not None]
+            equal = [o for o in measured if own is not None and o.bits <= own.bits + SLACK]
+            if own is None or not equal:
                 continue
-            best = max(found, key=lambda name: middle(found[name], "sqnr_db"))
-            yield Verdict(
-                claim,
-                scheme,
-                (middle(own, "effective_bits"), middle(found[best], "effective_bits")),
-                (middle(own, "sqnr_db"), middle(found[best], "sqnr_db")),
-                (half_spread(own), half_spread(found[best])),
-                (len(own), len(found[best])),
-                best,
-                tuple(name for name in claim.against if name not in found),
-            )
+            richer = [o for o in measured if o not in equal and o.sqnr_db > own.sqnr_db]
+            missing = [n for n, o in zip(claim.against, found, strict=True) if o is None]
+            best = max(equal, key=lambda other: other.sqnr_db)
+            yield Verdict(claim, scheme, own, best, tuple(richer), tuple(missing))
 
 
-def measured(
-    rows: Sequence[Mapping[str, Any]], model: str, recipe: str, scheme: str
-) -> list[Mapping[str, Any]]:
-    """Rows of one cell, one a seed."""
+def cell(rows: Sequence[Mapping[str, Any]], model: str, recipe: str, scheme: str) -> Cell | None:
+    """All seeds of a recipe at a scheme; None if it was not measured."""
     wanted = (model, recipe, scheme)
-    return [
+    group = [
         row
         for row in rows
         if (row["model"], row["recipe"], row["scheme"]) == wanted and "sqnr_db" in row
     ]
-
-
-def middle(rows: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Mean over seeds."""
-    return statistics.mean(row[key] for row in rows)
-
-
-def half_spread(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Half of largest minus smallest SQNR over seeds, dB; 0 of one seed."""
-    values = [row["sqnr_db"] for row in rows]
-    return float(max(values) - min(values)) / 2
+    if not group:
+        return None
+    values = [row["sqnr_db"] for row in group]
+    bits = statistics.mean(row["effective_bits"] for row in group)
+    half = (max(values) - min(values)) / 2
+    return Cell(recipe, bits, statistics.mean(values), half, len(values))

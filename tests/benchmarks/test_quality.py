@@ -91,8 +91,8 @@ def test_calls_are_told_apart_by_content_dtype_and_name() -> None:
         assert digest((args, kwargs)) != same
 
 
-def cell(recipe: str, *sqnr_db: float) -> list[dict[str, object]]:
-    common = {"model": "views", "scheme": "w4a4", "effective_bits": 4.2}
+def measured(recipe: str, *sqnr_db: float, bits: float = 4.2) -> list[dict[str, object]]:
+    common = {"model": "views", "scheme": "w4a4", "effective_bits": bits}
     return [common | {"recipe": recipe, "sqnr_db": value} for value in sqnr_db]
 
 
@@ -100,15 +100,22 @@ def cell(recipe: str, *sqnr_db: float) -> list[dict[str, object]]:
     ("own", "word"), [((30.0, 30.4), "ahead"), ((25.3, 25.9), "level"), ((24.0, 24.2), "behind")]
 )
 def test_a_claim_holds_beyond_both_spreads(own: tuple[float, ...], word: str) -> None:
-    rows = cell("quantvggt", *own) + cell("quarot", 25.2, 25.8) + cell("rtn", 23.9)
+    rows = measured("quantvggt", *own) + measured("quarot", 25.2, 25.8) + measured("rtn", 23.9)
     (found,) = verdicts(rows)
-    assert (found.best, found.word) == ("quarot", word)
-    assert found.missing == ("smoothquant", "gptq")
-    assert found.seeds == (2, 2)
-    assert found.spread[1] == pytest.approx(0.3)
+    assert (found.best.recipe, found.word) == ("quarot", word)
+    assert (found.missing, found.richer) == (("smoothquant", "gptq"), ())
+    assert (found.own.seeds, found.best.seeds) == (2, 2)
+    assert found.best.spread == pytest.approx(0.3)
+
+
+def test_claims_are_judged_at_equal_bits() -> None:
+    rich = measured("gptq", 40.0, bits=5.0) + measured("smoothquant", 20.0, bits=5.0)
+    (found,) = verdicts(measured("quantvggt", 30.0) + measured("quarot", 25.0, bits=4.25) + rich)
+    assert (found.best.recipe, found.word) == ("quarot", "ahead")
+    assert [cell.recipe for cell in found.richer] == ["gptq"]
+    assert not list(verdicts(measured("quantvggt", 30.0) + rich))
 
 
 def test_claims_name_recipes() -> None:
     for claim in CLAIMS:
         assert {claim.recipe, *claim.against} <= set(named_recipes())
-    assert not list(verdicts(cell("rtn", 23.9)))
