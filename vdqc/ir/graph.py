@@ -21,6 +21,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vdqc.base.diagnostics import ConfigError, nearest
@@ -210,7 +211,8 @@ class Graph:
         with self.module.graph.inserting_before(before):
             node = self.module.graph.call_function(op, args, kwargs)
         values = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
-        with self.fake_mode:
+        # torch 2.11's own code of matmul and linear takes no symbolic sizes, its python code does
+        with self.fake_mode, enable_python_dispatcher():
             node.meta["val"] = op(*values[0], **values[1])
         for key in ("nn_module_stack", "stack_trace"):
             if key in before.meta:
