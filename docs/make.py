@@ -11,10 +11,8 @@ support table lists what the tests of the architectures assert.
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,17 @@ from vdqc.engine.named import NamedRecipe, named, names
 from vdqc.testing.architectures import ARCHITECTURES, Architecture
 
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent / "benchmarks"))  # the benchmarks are no package
+sys.path.insert(0, str(DOCS))
 
-from quality_claims import Cell, Verdict, verdicts  # noqa: E402
+from sections import (  # noqa: E402
+    ablation_section,
+    claims_section,
+    dense,
+    grouped,
+    mean,
+    shown,
+    sparsity_section,
+)
 
 QUALITY = DOCS.parent / "benchmarks" / "results" / "quality.json"
 AXES = {"B": "batch", "F": "frames", "HW": "height and width", "L": "text length"}
@@ -74,7 +80,7 @@ def recipe_index(rows: Sequence[Mapping[str, Any]]) -> str:
     for name in names():
         recipe = named(name)
         lines.append(f"| [{name}]({name}.md) | {recipe.about} | {recipe.source or 'none'} |")
-    lines += ["", *HOW_TO_READ, *claims_section(list(verdicts(rows)))]
+    lines += ["", *HOW_TO_READ, *claims_section(rows)]
     for model, title in MODELS.items():
         measured = [row for row in dense(rows) if row["model"] == model]
         if measured:
@@ -84,48 +90,6 @@ def recipe_index(rows: Sequence[Mapping[str, Any]]) -> str:
             lines += ["", *grid(measured, "accuracy", "accuracy", digits=3)]
             lines += ["", *grid(measured, "effective_bits", "effective bits", digits=2)]
     return "\n".join(lines) + "\n"
-
-
-def claims_section(found: Sequence[Verdict]) -> list[str]:
-    """Each paper's recipe beside the best of the baselines that it names."""
-    if not found:
-        return []
-    lines = [
-        "",
-        "## What the papers claim, and what was found here",
-        "",
-        "Each paper's recipe against the best of the baselines in its own tables that has no more",
-        "effective bits, on the kind of model it is made for (`benchmarks/quality_claims.py`).",
-        "*Level*: within both spreads over seeds; one seed has no spread. Parts that fail stand on",
-        "the recipe's page, part by part.",
-        "",
-        "| recipe | model | scheme | bits | SQNR, dB | seeds | best baseline | bits | SQNR, dB "
-        "| seeds | margin, dB | found | more bits, and better | not measured |",
-        f"|{' --- |' * 14}",
-    ]
-    for verdict in found:
-        own, best = verdict.own, verdict.best
-        richer = (f"{o.recipe} {o.sqnr_db:.1f} ({o.bits:.2f} bits)" for o in verdict.richer)
-        cells = [
-            f"[{own.recipe}]({own.recipe}.md)",
-            verdict.claim.model,
-            verdict.scheme,
-            *cell_texts(own),
-            best.recipe,
-            *cell_texts(best),
-            f"{verdict.margin:+.1f}",
-            verdict.word,
-            ", ".join(richer),
-            ", ".join(verdict.missing),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def cell_texts(cell: Cell) -> list[str]:
-    """Bits, SQNR with its spread, seeds."""
-    spread = f" ± {cell.spread:.1f}" if cell.seeds > 1 else ""
-    return [f"{cell.bits:.2f}", f"{cell.sqnr_db:.1f}{spread}", str(cell.seeds)]
 
 
 HOW_TO_READ = (
@@ -199,111 +163,6 @@ def measured_table(
     return lines
 
 
-def ablation_section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The recipe beside itself without each of its parts, where that was measured."""
-    parts = [r for r in rows if "sqnr_db" in r and r["recipe"].startswith(f"{name}-")]
-    lines = []
-    for (model, scheme), group in grouped(parts, "model", "scheme"):
-        whole = [r for r in dense(rows) if (r["model"], r["scheme"]) == (model, scheme)]
-        whole = [r for r in whole if r["recipe"] == name]
-        for (part,), found in [((name,), whole), *grouped(group, "recipe")]:
-            if not found:
-                continue
-            cells = [
-                model,
-                scheme,
-                part.partition("-")[2] or "nothing",
-                f"{mean(found, 'effective_bits'):.2f}",
-                shown(found, "sqnr_db"),
-                shown(found, "psnr_db"),
-                shown(found, "accuracy", 3) if found[0].get("accuracy") is not None else "",
-                str(len(found)),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    if not lines:
-        return []
-    return [
-        "",
-        "## Part by part",
-        "",
-        "The recipe with a part taken out or changed: `benchmarks/quality_ablations.py` says how.",
-        "",
-        "| model | scheme | part | bits | SQNR, dB | PSNR, dB | accuracy | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        *lines,
-    ]
-
-
-def sparsity_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every part of QuantSparse with and without the others."""
-    from_study = [row for row in rows if "sqnr_db" in row and is_study(row)]
-    if not from_study:
-        return []
-    lines = [
-        "",
-        "## Part by part",
-        "",
-        "The digits model has 512 video tokens, so blocks are 32 tokens instead of 128; the large",
-        "one has 4096 and blocks of 128. `naive` is",
-        "rotation and rounding to nearest, `learned` learns on the block error alone, `msad` with",
-        "the attention terms, `joint` with the masks in place; `first`, `second` and `linear` add",
-        "what the masks drop. The residual makes every fifth step dense: the share that is",
-        "computed over the whole run stands under *effective*.",
-        "",
-        "| variant | scheme | density | effective | SQNR, dB | PSNR, dB | SSIM | digits | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (model, scheme, density, variant), group in grouped(
-        from_study, "model", "scheme", "density", "recipe"
-    ):
-        effective = mean(group, "effective_density") if "effective_density" in group[0] else 1.0
-        cells = [
-            variant if model == "digits" else f"{variant} ({model})",
-            scheme,
-            f"{density:g}",
-            f"{effective:.2f}",
-            shown(group, "sqnr_db"),
-            shown(group, "psnr_db"),
-            shown(group, "ssim", 3),
-            shown(group, "accuracy", 3),
-            str(len(group)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines + sums(from_study)
-
-
-def sums(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Whether masks and quantisation together cost more than the sum of both."""
-    found = {(r["model"], r["recipe"], r["density"], r["seed"]): r["sqnr_db"] for r in rows}
-    lines = []
-    for (model, variant, density, seed), together in sorted(found.items()):
-        method, _, rest = variant.partition("+")
-        apart = [found.get((model, "sparse", density, 0)), found.get((model, method, 1.0, seed))]
-        if rest == "sparse" and None not in apart and method != "joint":
-            noise = sum(10 ** (-decibels / 10) for decibels in apart if decibels is not None)
-            added = -10 * math.log10(noise)
-            lines.append(
-                f"* {model}, `{variant}` at {density:g}: the errors of `sparse` and `{method}`, "
-                f"added as powers, make {added:.1f} dB; together they measure {together:.1f} dB."
-            )
-    if not lines:
-        return []
-    return ["", "Does the combination lose more than the sum of both? By single steps:", "", *lines]
-
-
-def is_study(row: Mapping[str, Any]) -> bool:
-    """True for a row of ``benchmarks/quality_sparsity.py``."""
-    return row["recipe"] not in names() and row["recipe"].partition("+")[0] in STUDY
-
-
-STUDY = ("sparse", "naive", "learned", "msad", "joint")
-
-
-def dense(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows of named recipes that were measured."""
-    return [row for row in rows if "sqnr_db" in row and row["recipe"] in names()]
-
-
 def grid(rows: Sequence[Mapping[str, Any]], key: str, title: str, digits: int = 1) -> list[str]:
     """Recipes down, schemes across."""
     schemes = sorted({row["scheme"] for row in rows}, key=scheme_order)
@@ -321,33 +180,6 @@ def scheme_order(scheme: str) -> tuple[int, str]:
     """Most bits first."""
     bits = sum(int(letter) for letter in scheme if letter.isdigit())
     return -bits, scheme
-
-
-def grouped(
-    rows: Iterable[Mapping[str, Any]], *keys: str
-) -> list[tuple[tuple[Any, ...], list[Mapping[str, Any]]]]:
-    """Rows that agree in ``keys``, in order of these."""
-    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return sorted(found.items(), key=lambda item: item[0])
-
-
-def shown(rows: Sequence[Mapping[str, Any]], key: str, digits: int = 1) -> str:
-    """Mean and half the spread over seeds; nothing where it does not apply."""
-    values = [row[key] for row in rows if row.get(key) is not None]
-    if not values:
-        return ""
-    text = f"{statistics.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {(max(values) - min(values)) / 2:.{digits}f}"
-    return text
-
-
-def mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Mean over rows that have a value, 0 if none has."""
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return statistics.mean(values) if values else 0.0
 
 
 # support ------------------------------------------------------------------------------------------
