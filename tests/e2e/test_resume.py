@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vdqc
-from vdqc import compiler
+from vdqc import compile_checks, compiler
 from vdqc.base.diagnostics import ArtifactError, Diagnostics, VdqcError
 from vdqc.engine.pass_manager import PassRecord
 from vdqc.ir import artifact, finished, staging
@@ -71,7 +72,7 @@ def streamed(captured: tuple[Source, Graph], monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(compiler, "as_source", lambda *_: source)
     monkeypatch.setattr(compiler, "capture_source", fresh)
-    monkeypatch.setattr(compiler, "CHECKED_BYTES", 8000)
+    monkeypatch.setattr(compile_checks, "CHECKED_BYTES", 8000)
     monkeypatch.setattr("vdqc.ir.weights.SPILLED_BYTES", 64)
     monkeypatch.setattr("vdqc.ir.weight_files.SHARD_BYTES", 1500)
 
@@ -352,7 +353,8 @@ def test_an_error_of_the_model_keeps_what_is_finished(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(compiler, "lower", lambda *_, **__: (_ for _ in ()).throw(VdqcError("no")))
+        refuse = Mock(side_effect=VdqcError("no"))
+        patch.setattr(compile_checks, "lower", refuse)
         with pytest.raises(VdqcError):
             compiled(out)
     opened = counted(monkeypatch)
