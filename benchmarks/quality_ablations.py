@@ -56,9 +56,9 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "range": (("quant{weight_range=mse,clip=learned}", "quant{clip=learned}"),),
         "long": (("loss=block", "loss=block,epochs=40"),),
         "blocks": (("loss=block", "loss=block,mode=model"),),  # all blocks at once, end to end
-        "uniform": (("loss=block", "loss=std"),),  # tokens by the attention that they get
+        "std": (("loss=block", "loss=std"),),  # tokens by the attention that they get
         "distill": ((",distill{loss=block}", ""),),
-        "few": (("smooth{search", "select{method=uniform,count=96},smooth{search"),),
+        "samples": (("smooth{search", "select{method=uniform,count=96},smooth{search"),),  # not 40
         "gptq": ((",gptq", ""),),
     },
 }
