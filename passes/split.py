@@ -135,7 +135,8 @@ class Split(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Split; facts: per site the rank and bytes of its branch, and what is known of it."""
-        mark = "inside" if self.placement is Placement.INNER else "branch"
+        inner = self.branch is Branch.OOLRI and self.placement is Placement.INNER
+        mark = "inside" if inner else "branch"
         groups = quantised_groups(graph, self.select)
         sites = [site for group in groups for site in group if matches(site, mark, ctx)]
         if self.branch is Branch.SVD:

@@ -362,6 +362,16 @@ def test_ranks_are_cut_and_a_second_branch_is_refused() -> None:
     assert remarks(ctx) == [("fc", "branch-rank"), ("fc", "already-split")]
 
 
+def test_placement_says_nothing_of_other_branches() -> None:
+    x = torch.randn(3, 16)
+    graph = annotated(One(), x, scheme="w4a16")
+    ctx = context(x)
+    run(graph, Quant(), TQE, ctx=ctx)
+    again = Split(branch=Branch.TQE, placement=Placement.INNER)
+    assert [record.rewrites for record in run(graph, again, ctx=ctx)] == [0]
+    assert ("fc", "already-split") in remarks(ctx)
+
+
 def test_sites_in_float_are_left_alone() -> None:
     graph = annotated(One(), torch.randn(3, 16), scheme="none")
     before = str(graph)
