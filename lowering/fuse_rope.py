@@ -117,7 +117,7 @@ def _narrow(graph: Graph, rope: Turned, tables: list[fx.Node], before: fx.Node) 
 
 
 def _fuse_partner(graph: Graph, total: fx.Node) -> bool:
-    """``h * cos + partner(h) * sin``, alone or joined with text that is not turned."""
+    """What ends at ``total``: partners or complex products, and text beside that is not turned."""
     rope = partnered(total) if total.target is A.add.Tensor else complex_product(total)
     if rope is None:
         return False
