@@ -1,7 +1,8 @@
 """Recipes with one part taken out or changed: the rows that tell which part does the work.
 
-``qvdit-tqe`` is the recipe ``qvdit`` without its token-aware branch. Without a selector, samples
-are drawn evenly, as many as every recipe gets that has none.
+``qvdit-tqe`` is the recipe ``qvdit`` without its token-aware branch, ``composed-epochs=40`` the
+recipe ``composed`` with that option. Without a selector, samples are drawn evenly, as many as every
+recipe gets that has none.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "search": (("smooth{search=20,learn=true}", "smooth{alpha=0.5,learn=true}"),),
         "rotation": (("rotate{learn=true}", "rotate{block=full}"),),
         "range": (("quant{weight_range=mse,clip=learned}", "quant{clip=learned}"),),
-        "long": (("loss=block", "loss=block,epochs=40"),),
-        "blocks": (("loss=block", "loss=block,mode=model"),),  # all blocks at once, end to end
-        "std": (("loss=block", "loss=std"),),  # tokens by the attention that they get
+        "epochs=40": (("loss=block", "loss=block,epochs=40"),),
+        "mode=model": (("loss=block", "loss=block,mode=model"),),
+        "loss=std": (("loss=block", "loss=std"),),
         "distill": ((",distill{loss=block}", ""),),
-        "samples": (("smooth{search", "select{method=uniform,count=96},smooth{search"),),  # not 40
+        "count=96": (("smooth{search", "select{method=uniform,count=96},smooth{search"),),
         "gptq": ((",gptq", ""),),
     },
 }
