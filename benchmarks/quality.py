@@ -35,7 +35,7 @@ import torch
 from quality_ablations import ABLATIONS, ablated, is_ablation
 from quality_ablations import names as ablations
 from quality_memo import once_captured, once_run
-from quality_models import GENERATIONS, MOVING, SOURCES, record_calls
+from quality_models import BEFORE, GENERATIONS, MOVING, SOURCES, record_calls
 from quality_sparsity import VARIANTS, facts, is_sparse, passes
 from torch import Tensor, nn
 
@@ -191,8 +191,9 @@ def plan(job: dict[str, Any], pool: Path) -> tuple[str, list[str]]:
     else:
         recipe = named(job["file"])
         text, scheme = recipe.pass_list, recipe.scheme
+    before = BEFORE.get(job["model"], "")
     drawn = "" if "select" in text else f"select{{method=uniform,count={SELECTED}}},"
-    return drawn + text, fitting(scheme, job["scheme"])
+    return before + drawn + text.removeprefix("im2col,"), fitting(scheme, job["scheme"])
 
 
 def fitting(own: tuple[str, ...], scheme: str) -> list[str]:

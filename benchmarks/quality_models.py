@@ -106,4 +106,7 @@ def large() -> Source:
     return load_source(EXAMPLES / "digits_large" / "model.py")
 
 
+#: What comes before any recipe: more than half of the UNet's weights are in convolutions.
+BEFORE = {"unet": "im2col,"}
+
 SOURCES = {"digits": digits, "planted": planted, "unet": unet, "views": views, "large": large}

@@ -30,6 +30,7 @@ import enum
 import fnmatch
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar, final
 
@@ -38,14 +39,15 @@ from torch import fx
 from vdqc.base.scheme import QuantScheme
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir.analysis.dataflow import attention_operands, norm_modulations, residual_adds
-from vdqc.ir.analysis.roles import find_roles
+from vdqc.ir.analysis.roles import KEPT_ROLES, find_roles
 from vdqc.ir.analysis.tokens import token_frames
 from vdqc.ir.graph import Graph, Stage, weight_source
 from vdqc.ir.site import Site, SiteKind, set_note
 
 _NONE = QuantScheme.parse("none")
 _DEFAULT = QuantScheme.parse("w8a8")
-_KEPT_ROLES = frozenset({"time_embed", "text_embed", "patch_embed", "modulation", "proj_out"})
+#: Share of the weights from which on convolutions that stay in float are worth a warning.
+CONVOLUTIONS_MATTER = 0.2
 #: A fallback's groups are multiples of this: packed rows stay aligned, scales stay small.
 _GROUP_UNIT = 16
 
@@ -81,6 +83,7 @@ class Annotate(Pass):
                 scheme = self._scheme(graph, ctx, site, roles[site.name], shared)
             schemes[site.name] = scheme.text
             set_note(site.node, role=roles[site.name], scheme=scheme.text)
+        _tell_of_convolutions(graph, ctx, roles)
         return PassResult(
             0,
             {
@@ -118,7 +121,7 @@ class Annotate(Pass):
         hint = _hint(site.name, graph.origin.keep) if self.keep != Keep.NOTHING else None
         if hint is not None:
             return "kept-by-model", f"the model asks for high precision ('{hint}'): left in float"
-        if self.keep == Keep.DEFAULT and role in _KEPT_ROLES:
+        if self.keep == Keep.DEFAULT and role in KEPT_ROLES:
             return "kept-by-role", f"its role is {role}: left in float (name it to quantise it)"
         return None
 
@@ -147,6 +150,22 @@ def _shared_weights(graph: Graph) -> set[fx.Node]:
         weight_source(site.weight) for site in graph.sites() if site.kind is not SiteKind.ATTENTION
     )
     return {source for source, count in sources.items() if source is not None and count > 1}
+
+
+def _tell_of_convolutions(graph: Graph, ctx: Context, roles: Mapping[str, str]) -> None:
+    """Warn where a good part of the weights stays in float because convolutions hold it."""
+    sizes = {SiteKind.LINEAR: 0, SiteKind.CONV: 0}
+    for site in graph.sites():
+        if site.kind in sizes and roles[site.name] not in KEPT_ROLES:
+            sizes[site.kind] += int(site.weight.meta["val"].numel())
+    share = sizes[SiteKind.CONV] / max(1, sum(sizes.values()))
+    if share > CONVOLUTIONS_MATTER and any(not rule.scheme.is_none for rule in ctx.rules):
+        ctx.diagnostics.warning(
+            "",
+            "conv-float",
+            f"convolutions hold {share:.0%} of the weights and stay in float",
+            "put im2col first in the pass list to quantise them as linears over patches",
+        )
 
 
 # math -------------------------------------------------------------------------------------------

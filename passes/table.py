@@ -4,6 +4,7 @@ from vdqc.engine.recipe import PassTable
 
 PASSES: PassTable = {
     "canonicalize": "vdqc.passes.canonicalize:Canonicalize",
+    "im2col": "vdqc.passes.im2col:Im2col",
     "annotate": "vdqc.passes.annotate:Annotate",
     "select": "vdqc.passes.select:Select",
     "rotate": "vdqc.passes.rotate:Rotate",

@@ -5,6 +5,7 @@ This is the whole pipeline, read from top to bottom; every step lives in its own
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -218,13 +219,18 @@ def parse_recipe(
 def complete(recipe: Recipe) -> Recipe:
     """``recipe`` with what always runs: canonicalize, annotate, and fold where it belongs.
 
-    fold goes last, and before the first lossy pass if exact ones precede it: behind a quantiser
-    hardly anything can be absorbed without changing codes. A pass that the user named stays where
-    it is. Raises OrderError for an impossible order.
+    annotate comes behind passes that respell a captured graph. fold goes last, and before the
+    first lossy pass if exact ones precede it: behind a quantiser hardly anything can be absorbed
+    without changing codes. A pass that the user named stays where it is. Raises OrderError for an
+    impossible order.
     """
     present = {item.name for item in recipe.passes}
-    first = [name for name in ("canonicalize", "annotate") if name not in present]
-    passes = [*(load_pass(name, PASSES)() for name in first), *recipe.passes]
+    passes = list(recipe.passes)
+    if "annotate" not in present:
+        early = itertools.takewhile(lambda item: max(item.at) is Stage.CAPTURED, passes)
+        passes.insert(len(list(early)), load_pass("annotate", PASSES)())
+    if "canonicalize" not in present:
+        passes.insert(0, load_pass("canonicalize", PASSES)())
     final = check_order(passes)
     fold = load_pass("fold", PASSES)
     if "fold" not in present and final in fold.at:

@@ -94,7 +94,7 @@ def explain(
     graph, _ = capture_source(source, diagnostics)
     captured = time.perf_counter() - begin
     ctx = Context(source.samples, target, diagnostics, recipe.rules, 0, progress)
-    reading = [item for item in recipe.passes if item.name in ("canonicalize", "annotate")]
+    reading = [item for item in recipe.passes if max(item.at) is Stage.CAPTURED]
     annotated, machine = graph.clone(), measured(target)
     PassManager(reading, probe=False).run(annotated, ctx)
     first = source.samples[0].inputs

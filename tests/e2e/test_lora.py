@@ -19,6 +19,7 @@ from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.ir import artifact, transforms
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph
+from vdqc.ir.sample import Sample
 from vdqc.ir.site import note
 from vdqc.ir.source import load_source
 from vdqc.lowering.lower import lower
@@ -113,6 +114,21 @@ def test_in_float_it_is_the_merged_model(wan, build):
     model.unload_lora()
     assert torch.equal(model(**CALL).sample, plain)
     assert not [name for name, _ in model.named_buffers() if "lora" in name]
+
+
+@torch.no_grad()
+def test_of_a_convolution_that_is_a_linear(tmp_path):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1))
+    samples = [Sample({"input": torch.randn(n, 4, 8, 8)}) for n in (1, 2)]
+    passes, out = "im2col,rotate,smooth", tmp_path / "out"
+    compiled = load(compiler.compile(model, samples, passes, target="cpu", out=out).path)
+    down, up = torch.randn(RANK, 4, 3, 3), torch.randn(6, RANK, 1, 1)
+    compiled.load_lora({"0.lora_A.weight": down, "0.lora_B.weight": up})
+    merged = copy.deepcopy(model)
+    merged[0].weight += (up.flatten(1) @ down.flatten(1)).reshape(6, 4, 3, 3)
+    x = torch.randn(3, 4, 8, 8)
+    assert relative_error(model(x), merged(x)) > 0.1
+    assert relative_error(compiled(x), merged(x)) < TOLERANCE[torch.float32]
 
 
 @torch.no_grad()

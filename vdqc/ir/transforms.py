@@ -19,6 +19,7 @@ Source: Ashkboos et al., QuaRot, arXiv 2404.00456, section 4; Xiao et al., Smoot
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,14 +91,14 @@ class Transforms:
 
 
 def start(graph: Graph) -> None:
-    """Record from here on what becomes of the weights of linear sites."""
+    """Record from here on what becomes of the weights of linears, and of flat convolutions."""
     found = Transforms()
-    for site in graph.sites(kind=SiteKind.LINEAR):
-        source = weight_source(site.weight)
+    for site in graph.sites():
+        source = None if site.kind is SiteKind.ATTENTION else weight_source(site.weight)
         if source is not None and source is site.weight:
-            rows, columns = (int(size) for size in source.meta["val"].shape)
+            rows, *columns = (int(size) for size in source.meta["val"].shape)
             name = str(source.target)
-            found.made[name] = Step("weight", args=(name, rows, columns))
+            found.made[name] = Step("weight", args=(name, rows, math.prod(columns)))
     graph.transforms = found
 
 
@@ -181,7 +182,8 @@ def _linear(graph: Graph, node: fx.Node, steps: Mapping[fx.Node, Step]) -> Step 
         return None if subtracted or node.kwargs else step
     if not args or args[0] is not operand:
         return None
-    if node.target in _UNCHANGED:
+    flat = node.target is aten.reshape.default and node.meta["val"].ndim == 2
+    if node.target in _UNCHANGED or (flat and tuple(node.meta["val"].shape) == step.args[1:]):
         return step
     if node.target is ROTATE:
         inverse = bool(args[3]) if len(args) > 3 else False

@@ -16,6 +16,7 @@ Source: Hu et al., LoRA, arXiv 2106.09685, section 4.1; Kalajdzievski, rsLoRA, a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -177,6 +178,8 @@ def _low_rank(name: str, entry: _Found, metadata: Mapping[str, Any]) -> LowRank:
             site=name,
         )
     up, down = entry.up, entry.down
+    if up.ndim > 2 and up.ndim == down.ndim and math.prod(up.shape[2:]) == 1:
+        up, down = up.flatten(1), down.flatten(1)  # of a convolution: its second one is 1 x 1
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
         raise InputError(
             f"expected factors [r, K] and [N, r], got {list(down.shape)} and {list(up.shape)}",

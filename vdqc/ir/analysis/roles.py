@@ -42,6 +42,11 @@ _POINTWISE = {
     A.dropout.default,
 }
 
+#: A ModuleList child with one of these is a block.
+_IN_BLOCKS = {*NORMS, A.group_norm.default, A.scaled_dot_product_attention.default}
+#: Roles that stay in high precision by default: a percent of the work, and the conditioning.
+KEPT_ROLES = frozenset({"time_embed", "text_embed", "patch_embed", "modulation", "proj_out"})
+
 
 def find_roles(graph: Graph) -> Mapping[str, str]:
     """Site name to role, for every site; see ``passes/annotate.py`` for what the roles mean."""
@@ -58,11 +63,7 @@ class _Roles:
         self.residual = set(residual_adds(graph))
         self.latents = _latents(graph)
         self.above = _ancestors(graph)
-        self.blocks = {
-            block_name(node)
-            for node in graph.nodes
-            if node.target in NORMS or node.target is A.scaled_dot_product_attention.default
-        } - {""}
+        self.blocks = {block_name(node) for node in graph.nodes if node.target in _IN_BLOCKS} - {""}
 
     def find(self) -> Mapping[str, str]:
         for site in self.graph.sites(kind=SiteKind.ATTENTION):
