@@ -10,12 +10,16 @@ from torch.utils import _pytree as pytree
 
 from vdqc import compile, load
 from vdqc.base import numerics
+from vdqc.base.diagnostics import Diagnostics
+from vdqc.base.target import TARGETS
 from vdqc.compiler import parse_recipe
 from vdqc.engine.pass_manager import Context
+from vdqc.explain import explain
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph
 from vdqc.ir.sample import Sample
 from vdqc.ir.site import SiteKind
+from vdqc.ir.source import Source
 from vdqc.passes.annotate import Annotate
 from vdqc.passes.canonicalize import Canonicalize
 from vdqc.passes.im2col import Im2col
@@ -170,4 +174,8 @@ def test_a_quantised_convolution_runs_in_integers(tmp_path: Path) -> None:
     for size in (8, 12):
         other = torch.randn(1, 3, size, size)
         assert numerics.sqnr_db(compiled(other), model(other)) > 35
+    source = Source(model, samples)
+    plan = explain(source, parse_recipe("im2col,quant", "w8a8"), TARGETS["cpu"], Diagnostics())
+    rows = {row.name: (row.kind, row.shape) for row in plan.sites}
+    assert rows["blocks.0.conv"] == ("linear", "f32[16, 144]")
     assert "int8_linear" in (artifact.path / "ir" / "06_lower.txt").read_text()
