@@ -13,6 +13,8 @@ from vdqc.engine.named import named
 RATES = "rate=1e-5,clip_rate=1e-6,branch_rate=1e-5"
 #: The house's rates instead of the paper's, which hardly move a small model in 15 epochs.
 FAST = (f",{RATES}", "")
+#: AdaRound in place of GPTQ.
+ROUNDED = "quant{weight_range=mse,rounding=learned},distill{branch_rate=1e-2,loss=block"
 
 #: By recipe and part: the texts of the pass list that are replaced, and what replaces them.
 ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
@@ -50,6 +52,12 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "planes": (("allocate{method=planes},", ""),),
         "branch": (("split{branch=oolri,placement=inner},", ""),),
         "mtrd": (("block+mtrd", "block"),),
+    },
+    "searched": {
+        "rotation": (("rotate{block=full},", ""),),
+        "scale": (("smooth{search=20},", ""),),
+        "rounding": (("quant{weight_range=mse},gptq", f"{ROUNDED}}}"),),
+        "rounding=model": (("quant{weight_range=mse},gptq", f"{ROUNDED},mode=model}}"),),
     },
     "composed": {
         "search": (("smooth{search=20,learn=true}", "smooth{alpha=0.5,learn=true}"),),
