@@ -38,7 +38,7 @@ MODELS = {
     "digits": "a Wan-architecture video transformer (examples/digits)",
     "planted": "the same function with outlier channels planted by exact scaling",
     "large": "the same architecture at 4096 tokens (examples/digits_large)",
-    "unet": "a class-conditional UNet (examples/digits_unet): its linears, 43 % of the weights",
+    "unet": "a class-conditional UNet, convolutions included (examples/digits_unet)",
     "views": "a VGGT-like model of poses and depth (examples/views)",
 }
 

@@ -38,7 +38,7 @@ from vdqc.ir.meta import (
     to_meta,
 )
 from vdqc.ir.relations import Symbols, check_example
-from vdqc.ir.repairs import repaired
+from vdqc.ir.repairs import PlainRepeats, repaired
 from vdqc.ir.sample import Sample
 from vdqc.ir.signature import IntInput, Signature, TensorInput, call_leaves, describe_output
 from vdqc.ir.weights import StoredTensor
@@ -64,7 +64,7 @@ def capture(
     parameters = forward_parameters(model)
     for sample in samples:
         check_sample(sample, parameters)
-    with _quiet(), _eval_mode(model), repaired(model) as repairs:
+    with _quiet(), _eval_mode(model), PlainRepeats(), repaired(model) as repairs:
         plan, exported = _export(model, plans(samples, list(parameters), diagnostics))
     coincidences(plan, diagnostics)
     symbols = Symbols()

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any, final
 from unittest import mock
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vdqc.ir import repairs_attention, repairs_positions
 
@@ -37,6 +39,27 @@ class Repair:
     attribute: str
     replacement: Callable[..., Any]
     why: str
+
+
+@final
+class PlainRepeats(TorchFunctionMode):
+    """``repeat_interleave`` by one number without ``output_size``.
+
+    torch 2.11 makes the stated size a guard, which holds for the example's batch and frames alone
+    (UNet3D, UNetSpatioTemporal, SanaVideo); 2.13 does not.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``func``; a tensor of repeats keeps its ``output_size``, which export needs."""
+        kwargs = dict(kwargs or {})
+        if func in _REPEATS:
+            repeats = args[1] if len(args) > 1 else kwargs.get("repeats")
+            if isinstance(repeats, (int, torch.SymInt)):
+                kwargs.pop("output_size", None)
+        return func(*args, **kwargs)
+
+
+_REPEATS = (torch.repeat_interleave, Tensor.repeat_interleave)
 
 
 REPAIRS: tuple[Repair, ...] = (
