@@ -13,6 +13,7 @@ from vdqc.engine.named import named
 RATES = "rate=1e-5,clip_rate=1e-6,branch_rate=1e-5"
 #: The house's rates instead of the paper's, which hardly move a small model in 15 epochs.
 FAST = (f",{RATES}", "")
+MORE = ("smooth{search", "select{method=uniform,count=96},smooth{search")
 #: AdaRound in place of GPTQ.
 ROUNDED = "quant{weight_range=mse,rounding=learned},distill{branch_rate=1e-2,loss=block"
 
@@ -67,7 +68,8 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "mode=model": (("loss=block", "loss=block,mode=model"),),
         "loss=std": (("loss=block", "loss=std"),),
         "distill": ((",distill{loss=block}", ""),),
-        "count=96": (("smooth{search", "select{method=uniform,count=96},smooth{search"),),
+        "count=96": (MORE,),
+        "loss=std+count=96": (("loss=block", "loss=std"), MORE),
         "gptq": ((",gptq", ""),),
     },
 }

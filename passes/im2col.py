@@ -56,7 +56,9 @@ class Im2col(Pass):
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Respell; the facts are counts of kernels."""
         kernels = Counter[str]()
-        sizes = SizeBuilder(graph, next(n for n in graph.nodes if n.op == "call_function"))
+        sizes = SizeBuilder(
+            graph, next((n for n in graph.nodes if n.op == "call_function"), graph.output)
+        )
         for site in find_sites(graph, self.select, ctx):
             geometry, wanted = Geometry.of(site.node), site.node.meta["val"].shape
             try:
