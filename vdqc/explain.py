@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 from vdqc.base.diagnostics import Diagnostics
@@ -96,7 +96,8 @@ def explain(
     ctx = Context(source.samples, target, diagnostics, recipe.rules, 0, progress)
     reading = [item for item in recipe.passes if max(item.at) is Stage.CAPTURED]
     annotated, machine = graph.clone(), measured(target)
-    PassManager(reading, probe=False).run(annotated, ctx)
+    # said once: what it says of sites comes with the second run
+    PassManager(reading, probe=False).run(annotated, replace(ctx, diagnostics=Diagnostics()))
     first = source.samples[0].inputs
     with sized_like(annotated, first):
         plain_us = total_cost(choose(annotated, target), annotated).us(machine)

@@ -178,4 +178,7 @@ def test_a_quantised_convolution_runs_in_integers(tmp_path: Path) -> None:
     plan = explain(source, parse_recipe("im2col,quant", "w8a8"), TARGETS["cpu"], Diagnostics())
     rows = {row.name: (row.kind, row.shape) for row in plan.sites}
     assert rows["blocks.0.conv"] == ("linear", "f32[16, 144]")
+    said = Diagnostics()
+    explain(source, parse_recipe("quant", "w8a8"), TARGETS["cpu"], said)
+    assert [entry.code for entry in said].count("conv-float") == 1
     assert "int8_linear" in (artifact.path / "ir" / "06_lower.txt").read_text()
