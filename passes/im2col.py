@@ -80,11 +80,11 @@ class Im2col(Pass):
 @final
 @dataclass(frozen=True)
 class Geometry:
-    """One number per axis of space."""
+    """One number per axis of space; ``same`` pads half a position where a kernel is even."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[int, ...]
+    padding: tuple[float, ...]
     dilation: tuple[int, ...]
     groups: int
 
@@ -107,8 +107,15 @@ class Geometry:
             sizes = list(value) if isinstance(value, (list, tuple)) else [value]
             return tuple(sizes * len(kernel) if len(sizes) == 1 else sizes)
 
+        stride, dilation = axes("stride", 1), axes("dilation", 1)
         groups: Any = given.get("groups", 1)
-        return Geometry(kernel, axes("stride", 1), axes("padding", 0), axes("dilation", 1), groups)
+        if given.get("padding") == "same":
+            padding = tuple((k - 1) * d / 2 for k, d in zip(kernel, dilation, strict=True))
+        elif given.get("padding") == "valid":
+            padding = (0,) * len(kernel)
+        else:
+            padding = axes("padding", 0)
+        return Geometry(kernel, stride, padding, dilation, groups)
 
 
 def find_sites(graph: Graph, select: str, ctx: Context) -> list[Site]:
@@ -134,6 +141,8 @@ def _reason(graph: Graph, site: Site) -> str | None:
         return f"its channels are in {geometry.groups} groups"
     if any(step != 1 for step in geometry.dilation):
         return "it is dilated"
+    if any(size % 1 for size in geometry.padding):
+        return "it is padded unevenly"
     if site.input.meta["val"].ndim != len(geometry.kernel) + 2:
         return "its input has no batch axis"
     return None
@@ -170,7 +179,7 @@ def _patches(graph: Graph, site: Site, geometry: Geometry, space: Sequence[Any])
 
     value = site.input
     if any(geometry.padding):
-        ends = [size for size in reversed(geometry.padding) for _ in range(2)]
+        ends = [int(size) for size in reversed(geometry.padding) for _ in range(2)]
         value = call(A.constant_pad_nd.default, value, ends)
     value = call(A.permute.default, value, [0, *range(2, axes + 2), 1])
     if geometry.is_pointwise:

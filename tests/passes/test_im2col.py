@@ -30,11 +30,11 @@ from vdqc.testing.harness import assert_close, assert_ir, context, run
 class ResNet(nn.Module):
     """An embedding convolution, a block around a norm, and the output projection."""
 
-    def __init__(self, width: int = 16, **options: int) -> None:
+    def __init__(self, width: int = 16, **options: int | str) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
         block = nn.ModuleDict({"norm": nn.GroupNorm(4, width)})
-        block["conv"] = nn.Conv2d(width, width, 3, **{"padding": 1, **options})
+        block["conv"] = nn.Conv2d(width, width, **{"kernel_size": 3, "padding": 1, **options})
         self.blocks = nn.ModuleList([block])
         self.norm = nn.GroupNorm(4, width)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
@@ -106,14 +106,31 @@ def test_what_every_recipe_keeps_in_float_stays_a_convolution() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "why"), [({"groups": 4}, "4 groups"), ({"dilation": 2, "padding": 2}, "dilated")]
+    ("options", "why"),
+    [
+        ({"groups": 4}, "4 groups"),
+        ({"dilation": 2, "padding": 2}, "dilated"),
+        ({"kernel_size": 2, "padding": "same"}, "unevenly"),
+    ],
 )
-def test_a_convolution_that_no_linear_computes_stays(options: dict[str, int], why: str) -> None:
+def test_a_convolution_that_no_linear_computes_stays(
+    options: dict[str, int | str], why: str
+) -> None:
     model, x = ResNet(**options), torch.randn(2, 3, 8, 8)
     graph, ctx = captured(model, x), context(x, model=model)
     run(graph, Canonicalize(), Im2col(), ctx=ctx)
     assert graph.site("blocks.0.conv").kind is SiteKind.CONV
     assert why in reasons(ctx)["blocks.0.conv"]
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(3, "same"), ((5, 1), "same"), (3, "valid")])
+def test_padding_by_name(kernel: int | tuple[int, int], padding: str) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 5, kernel, padding=padding)), torch.randn(2, 3, 8, 8)
+    graph = captured(model.double(), x.double())
+    run(graph, Canonicalize(), Im2col())
+    assert [site.kind for site in graph.sites()] == [SiteKind.LINEAR]
+    other = torch.randn(3, 3, 10, 9).double()
+    assert_close(graph.run(other)[0], model(other))
 
 
 @settings(deadline=None, max_examples=20)

@@ -34,6 +34,9 @@ SITE_KINDS: dict[Any, SiteKind] = {
     _aten.conv1d.default: SiteKind.CONV,
     _aten.conv2d.default: SiteKind.CONV,
     _aten.conv3d.default: SiteKind.CONV,
+    _aten.conv1d.padding: SiteKind.CONV,  # padding by name
+    _aten.conv2d.padding: SiteKind.CONV,
+    _aten.conv3d.padding: SiteKind.CONV,
 }
 
 
