@@ -191,6 +191,7 @@ def plan(job: dict[str, Any], pool: Path) -> tuple[str, list[str]]:
     else:
         recipe = named(job["file"])
         text, scheme = recipe.pass_list, recipe.scheme
+    # im2col runs before samples are chosen: a recipe that begins with it gets them behind it
     before = BEFORE.get(job["model"], "")
     drawn = "" if "select" in text else f"select{{method=uniform,count={SELECTED}}},"
     return before + drawn + text.removeprefix("im2col,"), fitting(scheme, job["scheme"])

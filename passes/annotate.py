@@ -13,10 +13,10 @@ reads the result; ``time_embed``, ``text_embed``, ``patch_embed`` depend on the 
 or the latent and lie before the blocks, ``proj_out`` after them.
 
 Schemes: the last matching rule of the context wins, ``w8a8`` if none. High precision (``none``):
-attention and convolutions; what the model's class asks for (``keep=hints``); by ``keep=default``
-also embeddings, modulation and the output projection, which every published recipe leaves alone
-because they are a percent of the work and carry the conditioning. A rule that names a site exactly
-overrides both.
+attention and convolutions (``im2col`` makes linears of them); what the model's class asks for
+(``keep=hints``); by ``keep=default`` also embeddings, modulation and the output projection, which
+every published recipe leaves alone because they are a percent of the work and carry the
+conditioning. A rule that names a site exactly overrides both.
 
 Source: SmoothQuant and later recipes quantise attention and MLP linears only, arXiv 2211.10438,
     section 5; for DiTs: ViDiT-Q, arXiv 2406.02540, section 4.
@@ -156,8 +156,12 @@ def _tell_of_convolutions(graph: Graph, ctx: Context, roles: Mapping[str, str]) 
     """Warn where a good part of the weights stays in float because convolutions hold it."""
     sizes = {SiteKind.LINEAR: 0, SiteKind.CONV: 0}
     for site in graph.sites():
-        if site.kind in sizes and roles[site.name] not in KEPT_ROLES:
-            sizes[site.kind] += int(site.weight.meta["val"].numel())
+        if site.kind not in sizes or roles[site.name] in KEPT_ROLES:
+            continue
+        weight = site.weight.meta["val"]
+        if site.kind is SiteKind.CONV and weight.shape[1] != site.input.meta["val"].shape[1]:
+            continue  # in groups: im2col leaves it, too
+        sizes[site.kind] += int(weight.numel())
     share = sizes[SiteKind.CONV] / max(1, sum(sizes.values()))
     if share > CONVOLUTIONS_MATTER and any(not rule.scheme.is_none for rule in ctx.rules):
         ctx.diagnostics.warning(

@@ -170,8 +170,12 @@ def test_convolutional_architectures_stay_as_they_are_at_other_sizes(name: str) 
 
 
 def test_annotate_names_the_pass_where_convolutions_hold_the_weights() -> None:
-    model, x = ResNet(), torch.randn(2, 3, 8, 8)
-    for passes, told in ([], ["conv-float"]), ([Im2col()], []):
+    plain, grouped, x = ResNet(), ResNet(groups=4), torch.randn(2, 3, 8, 8)
+    for model, passes, told in (
+        (plain, [], ["conv-float"]),
+        (plain, [Im2col()], []),
+        (grouped, [], []),  # im2col would not help
+    ):
         graph, ctx = captured(model, x), context(x, model=model)
         run(graph, Canonicalize(), *passes, Annotate(), ctx=ctx)
         assert [entry.code for entry in ctx.diagnostics if entry.severity == "warning"] == told
