@@ -150,6 +150,14 @@ def test_taps_are_what_enters_an_attention(stack: tuple[Graph, list[Sample]]) ->
         _, taps = module(seen)
     assert {name.rpartition("/")[2] for name in taps} == {"query", "key"}
     assert all(value.shape == (2, 2, 6, 8) for value in taps.values())
+    alone = BlockModule(
+        Cuts(graph), piece.student_reads, piece.makes, taps=["query", "key"], only_taps=True
+    )
+    made, found = alone(seen)
+    assert not made
+    assert all(torch.equal(found[name], value) for name, value in taps.items())
+    assert len(alone.program.graph.nodes) < len(module.program.graph.nodes)
+    assert not [node for node in alone.program.graph.nodes if "attention" in str(node.target)]
 
 
 # caching ----------------------------------------------------------------------------------------

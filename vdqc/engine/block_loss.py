@@ -48,7 +48,9 @@ class PieceLoss:
         self.attention = attention_nodes(teacher, piece.teacher_reads, piece.makes)
         self.teacher: BlockModule | None = None
         if self.taps:
-            self.teacher = BlockModule(teacher, piece.teacher_reads, piece.makes, taps=self.taps)
+            self.teacher = BlockModule(
+                teacher, piece.teacher_reads, piece.makes, taps=self.taps, only_taps=True
+            )
 
     @property
     def remembers(self) -> bool:

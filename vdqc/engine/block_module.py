@@ -33,7 +33,7 @@ from vdqc.ir.site import SiteKind, note
 #: Passes that spell the program in another way; the values of their nodes are the model's own.
 SPELLING = frozenset({"", "canonicalize", "annotate"})
 
-#: Operands of an attention that loss terms may ask for.
+#: Operands of a self-attention that loss terms may ask for.
 TAPS = {"query": 0, "key": 1, "mask": 3}
 
 
@@ -220,7 +220,8 @@ class BlockModule(nn.Module):
     """One piece of one graph, runnable: values by key in, values by key and taps out.
 
     Constant expressions are evaluated once, except those of ``trainable`` parameters, which are the
-    graph's own: training them trains the graph.
+    graph's own: training them trains the graph. ``taps`` are kinds of operands of self-attention;
+    ``only_taps`` computes nothing that they do not need, and makes nothing.
     """
 
     def __init__(
@@ -230,21 +231,23 @@ class BlockModule(nn.Module):
         makes: Sequence[str],
         trainable: Collection[str] = (),
         taps: Collection[str] = (),
+        *,
+        only_taps: bool = False,
     ) -> None:
         super().__init__()
-        self.reads, self.makes = tuple(reads), tuple(makes)
+        self.reads, self.makes = tuple(reads), () if only_taps else tuple(makes)
         stops = {cuts.nodes[key] for key in reads}
         nodes, _ = cuts.closure(makes, stops.__contains__)
         tapped = {
             tap(str(note(node)["site"]), kind): node.args[TAPS[kind]]
             for node in nodes
-            if _is_attention(node)
+            if _is_attention(node) and not note(node).get("cross")
             for kind in taps
             if len(node.args) > TAPS[kind] and isinstance(node.args[TAPS[kind]], fx.Node)
         }
         self.taps = tuple(tapped)
         inputs = [cuts.nodes[key] for key in reads]
-        outputs = [*(cuts.nodes[key] for key in makes), *tapped.values()]
+        outputs = [*(cuts.nodes[key] for key in self.makes), *tapped.values()]
         self.program = _extract(cuts, nodes, inputs, outputs, set(trainable))
 
     def forward(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -307,6 +310,7 @@ def _extract(
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)
             values[node] = program.create_node(node.op, node.target, args, kwargs)
     program.output(tuple(value(node) for node in outputs))
+    program.eliminate_dead_code()
     return fx.GraphModule(holder, program, class_name="Piece")
 
 

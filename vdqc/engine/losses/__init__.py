@@ -104,9 +104,9 @@ class LossContext:
 
 
 def tap(site: str, kind: str) -> str:
-    """Key of a tap: ``query`` and ``key`` [B, H, L, D] and ``mask``, as they enter the attention.
+    """Key of a tap: ``query`` and ``key`` [B, H, L, D] and ``mask``, as they enter self-attention.
 
-    A site without a mask has no tap for it.
+    A site without a mask has no tap for it, one of cross-attention none at all.
     """
     return f"{site}/{kind}"
 
@@ -114,7 +114,7 @@ def tap(site: str, kind: str) -> str:
 class LossTerm(abc.ABC):
     """Base of every term; subclasses are ``@final @dataclass(frozen=True)``.
 
-    ``taps`` are the kinds it needs at every attention site of the block. ``level``: ``block`` for
+    ``taps`` are the kinds it needs at every self-attention of the block. ``level``: ``block`` for
     every block, ``last`` for the last block only, ``model`` for end-to-end training only.
     ``ordered`` asks for the samples of a trajectory one after the other; the value of a term that
     ``remembers`` depends on the calls before.
