@@ -39,15 +39,18 @@ from torch import fx
 from vdqc.base.scheme import QuantScheme
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir.analysis.dataflow import attention_operands, norm_modulations, residual_adds
-from vdqc.ir.analysis.roles import KEPT_ROLES, find_roles
+from vdqc.ir.analysis.roles import (
+    CONVOLUTIONS_MATTER,
+    KEPT_ROLES,
+    convolution_share,
+    find_roles,
+)
 from vdqc.ir.analysis.tokens import token_frames
 from vdqc.ir.graph import Graph, Stage, weight_source
 from vdqc.ir.site import Site, SiteKind, set_note
 
 _NONE = QuantScheme.parse("none")
 _DEFAULT = QuantScheme.parse("w8a8")
-#: Share of the weights from which on convolutions that stay in float are worth a warning.
-CONVOLUTIONS_MATTER = 0.2
 #: A fallback's groups are multiples of this: packed rows stay aligned, scales stay small.
 _GROUP_UNIT = 16
 
@@ -154,15 +157,7 @@ def _shared_weights(graph: Graph) -> set[fx.Node]:
 
 def _tell_of_convolutions(graph: Graph, ctx: Context, roles: Mapping[str, str]) -> None:
     """Warn where a good part of the weights stays in float because convolutions hold it."""
-    sizes = {SiteKind.LINEAR: 0, SiteKind.CONV: 0}
-    for site in graph.sites():
-        if site.kind not in sizes or roles[site.name] in KEPT_ROLES:
-            continue
-        weight = site.weight.meta["val"]
-        if site.kind is SiteKind.CONV and weight.shape[1] != site.input.meta["val"].shape[1]:
-            continue  # in groups: im2col leaves it, too
-        sizes[site.kind] += int(weight.numel())
-    share = sizes[SiteKind.CONV] / max(1, sum(sizes.values()))
+    share = convolution_share(graph, roles)
     if share > CONVOLUTIONS_MATTER and any(not rule.scheme.is_none for rule in ctx.rules):
         ctx.diagnostics.warning(
             "",

@@ -145,7 +145,8 @@ def test_a_recipe_says_what_was_chosen(schemes: list[str], bits: int) -> None:
         FLOAT if scheme == "none" else Way(scheme, bool(bits >> i & 1), bool(bits >> (9 + i) & 1))
         for i, scheme in enumerate(schemes)
     ]
-    recipe = recipe_of([([name], way) for name, way in zip(NAMES, ways, strict=True)], ["out"])
+    groups = [([name], way) for name, way in zip(NAMES, ways, strict=True)]
+    recipe = recipe_of(groups, ["out"], convolutions=NAMES[::2])
     assert named.parse(recipe.name, {"passes": [*recipe.passes], "scheme": [*recipe.scheme]})
     rules = [parse_rule(text) for text in recipe.scheme]
     passes = {item.name: item for item in parse_passes(recipe.pass_list, PASSES)}
@@ -156,6 +157,10 @@ def test_a_recipe_says_what_was_chosen(schemes: list[str], bits: int) -> None:
             select = passes[word].select if word in passes else ""  # type: ignore[attr-defined]
             reached = any(fnmatch.fnmatchcase(name, glob) for glob in select.split("|"))
             assert reached == wanted or way == FLOAT
+        im2col = passes["im2col"].select if "im2col" in passes else ""  # type: ignore[attr-defined]
+        if name in NAMES[::2]:  # a convolution is respelled if, and only if, it is quantised
+            reached = any(fnmatch.fnmatchcase(name, glob) for glob in im2col.split("|"))
+            assert reached == (way != FLOAT)
     assert not any(fnmatch.fnmatchcase("out", rule.select) for rule in rules[1:])
 
 

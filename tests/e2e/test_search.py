@@ -139,3 +139,28 @@ def test_a_video_model_folds_and_thins_out(monkeypatch):
     assert density < 1
     assert applied.error < sparse.error <= floor.floor_error
     assert job.thin_out(Budget.parse(None, "sqnr=90"), point, applied) is None
+
+
+def test_convolutions_are_chosen_for_where_they_hold_the_weights(tmp_path):
+    architecture = ARCHITECTURES["unet2d"]
+    samples, schemes = architecture.samples(), parse_schemes(["w8a8", "w4a8", "none"])
+    source, said = Source(architecture.build(), samples, name="unet"), Diagnostics()
+    graph, _ = capture_source(source, said)
+    job = Job("unet", graph, samples, schemes, TARGETS["cpu"], said, 0, lambda i, _: i)
+    assert "conv-float" not in [entry.code for entry in said]
+    job.measure()
+    point, applied = job.choose(Budget.parse("size=0.4", None), True)
+    assert applied is not None
+    assert applied.bytes == point.bytes <= 0.4 * job.bytes_float
+    assert applied.sqnr_db > point.sqnr_db - 4
+    recipe = job.recipe(point)
+    assert recipe.passes[0].startswith("im2col")
+    (tmp_path / "found.toml").write_text(recipe.to_toml())
+    artifact = compile(
+        source.model,
+        samples,
+        recipe=str(tmp_path / "found.toml"),
+        target="cpu",
+        out=tmp_path / "out",
+    )
+    assert artifact.manifest["weights"]["bytes"] == point.bytes

@@ -23,6 +23,7 @@ from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.engine.recipe import Recipe, parse_passes, parse_rule
 from vdqc.engine.video_attention import obstacle, padding
 from vdqc.footprint import stored_bytes
+from vdqc.ir.analysis.roles import CONVOLUTIONS_MATTER, convolution_share, find_roles
 from vdqc.ir.graph import Graph
 from vdqc.ir.peers import quantised_groups
 from vdqc.ir.sample import Sample
@@ -79,12 +80,24 @@ class Job:
         self.schemes = schemes
         self._ctx = Context(samples, target, diagnostics, [parse_rule("w8a8")], seed, progress)
         self.graph = captured.clone()
-        reading = parse_passes("canonicalize,annotate", PASSES)
-        PassManager(reading, probe=False).run(self.graph, self._ctx)
+        self.convolutions = self._read()
         self.groups = quantised_groups(self.graph)
         if not self.groups:
             raise InputError("expected linears to quantise, found none", code="nothing-to-search")
         self.account = Account(self.graph, target, Transforms({}, {}, {}))
+
+    def _read(self) -> set[str]:
+        """Annotate the graph; names of the convolutions that were made linears, if they matter."""
+        self._run("canonicalize")
+        roles = find_roles(self.graph)
+        before = {site.name for site in self.graph.sites(kind=SiteKind.CONV)}
+        if convolution_share(self.graph, roles) > CONVOLUTIONS_MATTER:
+            self._run("im2col")
+        self._run("annotate")
+        return before - {site.name for site in self.graph.sites(kind=SiteKind.CONV)}
+
+    def _run(self, text: str) -> None:
+        PassManager(parse_passes(text, PASSES), probe=False).run(self.graph, self._ctx)
 
     def measure(self) -> None:
         """Measure and price every way of every group: before anything is chosen."""
@@ -300,7 +313,14 @@ class Job:
         inside = {site for group in names for site in group}
         others = [s.name for s in self.graph.sites(kind=SiteKind.LINEAR) if s.name not in inside]
         ways = list(zip(names, point.ways, strict=True))
-        return recipe_of(ways, others, name=f"{self.name}-search", about=about, after=after)
+        return recipe_of(
+            ways,
+            others,
+            convolutions=self.convolutions,
+            name=f"{self.name}-search",
+            about=about,
+            after=after,
+        )
 
     def apply(
         self, point: Point, after: Sequence[str] = (), diagnostics: Diagnostics | None = None

@@ -26,14 +26,16 @@ def recipe_of(
     ways: Sequence[tuple[Sequence[str], Way]],
     others: Collection[str],
     *,
+    convolutions: Collection[str] = (),
     name: str = "search",
     about: str = "",
     after: Sequence[str] = (),
 ) -> NamedRecipe:
     """The recipe for ``ways`` of groups, given by the names of their sites.
 
-    ``others`` are the remaining linear sites, which no glob may reach by accident; ``after`` are
-    passes that follow ``quant``. Raises ConfigError for a name that no pass list can hold.
+    ``others`` are the remaining linear sites, which no glob may reach by accident; ``convolutions``
+    are the sites that ``im2col`` makes linears of, where they are quantised; ``after`` are passes
+    that follow ``quant``. Raises ConfigError for a name that no pass list can hold.
     """
     for site in (site for group, _ in ways for site in group):
         if _RESERVED.search(site):
@@ -49,14 +51,22 @@ def recipe_of(
     for scheme, sites in by_scheme.items():
         rules += [f"{glob}={scheme}" for glob in globs(sites, every - set(sites))]
     passes = []
+    quantised = {site for group, _ in chosen for site in group}
+    if respelled := [site for site in sorted(convolutions) if site in quantised]:
+        kept = set(convolutions) - quantised
+        passes.append(_selecting("im2col", globs(respelled, kept) if kept else []))
     for word, of in (("rotate", lambda way: way.rotated), ("smooth", lambda way: way.smoothed)):
         wanted = [group[0] for group, way in chosen if of(way)]
         banned = {site for group, way in chosen if not of(way) for site in group}
         if wanted:
-            patterns = globs(wanted, banned | set(others))
-            passes.append(word if not banned else f"{word}{{select={'|'.join(patterns)}}}")
+            patterns = globs(wanted, banned | set(others)) if banned else []
+            passes.append(_selecting(word, patterns))
     passes += ["quant"] if chosen else []
     return NamedRecipe(name, (*passes, *after) or _NOTHING, tuple(rules), about)
+
+
+def _selecting(word: str, patterns: Sequence[str]) -> str:
+    return f"{word}{{select={'|'.join(patterns)}}}" if patterns else word
 
 
 def globs(names: Iterable[str], banned: Collection[str]) -> list[str]:

@@ -46,11 +46,26 @@ _POINTWISE = {
 _IN_BLOCKS = {*NORMS, A.group_norm.default, A.scaled_dot_product_attention.default}
 #: Roles that stay in high precision by default: a percent of the work, and the conditioning.
 KEPT_ROLES = frozenset({"time_embed", "text_embed", "patch_embed", "modulation", "proj_out"})
+#: Share of the weights from which on it matters that convolutions stay in float.
+CONVOLUTIONS_MATTER = 0.2
 
 
 def find_roles(graph: Graph) -> Mapping[str, str]:
     """Site name to role, for every site; see ``passes/annotate.py`` for what the roles mean."""
     return _Roles(graph).find()
+
+
+def convolution_share(graph: Graph, roles: Mapping[str, str]) -> float:
+    """Share of convolutions in the weights that may be quantised, where ``im2col`` can help."""
+    sizes = {SiteKind.LINEAR: 0, SiteKind.CONV: 0}
+    for site in graph.sites():
+        if site.kind not in sizes or roles[site.name] in KEPT_ROLES:
+            continue
+        weight = site.weight.meta["val"]
+        if site.kind is SiteKind.CONV and weight.shape[1] != site.input.meta["val"].shape[1]:
+            continue  # in groups: im2col leaves it, too
+        sizes[site.kind] += int(weight.numel())
+    return sizes[SiteKind.CONV] / max(1, sum(sizes.values()))
 
 
 @final
