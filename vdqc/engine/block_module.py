@@ -310,7 +310,8 @@ def _extract(
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)
             values[node] = program.create_node(node.op, node.target, args, kwargs)
     program.output(tuple(value(node) for node in outputs))
-    program.eliminate_dead_code()
+    # attention counts as random for its dropout, and would stay
+    program.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(holder, program, class_name="Piece")
 
 
