@@ -15,6 +15,7 @@ from vdqc.ir.analysis.dataflow import attention_operands, norm_modulations, resi
 from vdqc.ir.analysis.templates import isomorphic_blocks
 from vdqc.ir.analysis.tokens import Extent, token_frames
 from vdqc.ir.graph import Graph
+from vdqc.ir.signature import evaluate
 from vdqc.ir.site import SiteKind
 from vdqc.passes.canonicalize import Canonicalize
 from vdqc.testing.harness import AdaLNBlock, captured, models
@@ -286,6 +287,44 @@ class Packed(nn.Module):
         grid = torch.meshgrid(*[torch.arange(sizes[a]) for a in self.axes], indexing="ij")
         place = torch.stack(grid).flatten(1).sum(0).to(x.dtype)
         h = self.fc(x + place[:, None].cos()).unflatten(-1, (2, 4)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(h, h, h)
+
+
+@pytest.mark.parametrize("frame_major", [True, False])
+def test_frames_may_have_tokens_of_their_own(frame_major: bool) -> None:
+    from vdqc.ir.frontend import capture
+    from vdqc.ir.sample import Sample
+
+    calls = [
+        Sample({"images": torch.randn(b, f, 3, 4 * h, 4 * w)})
+        for b, f, h, w in ((2, 3, 5, 7), (3, 4, 6, 9))
+    ]
+    graph = capture(Views(frame_major).eval(), calls)
+    PassManager([Canonicalize()], probe=False).run(graph, Context())
+    (found,) = token_frames(graph)
+    assert (found.extent, found.text, found.frame_major) == (Extent.VIDEO, "", frame_major)
+    sizes = [str(size) for size in graph.signature.inputs[0].sizes]
+    assert found.frames == sizes[1]
+    values = {sizes[1]: 3, sizes[3]: 20, sizes[4]: 28}
+    assert evaluate(found.tokens_per_frame, values) == 5 * 7 + 2
+
+
+class Views(nn.Module):
+    """Attention over views of patches and two further tokens each, [B, F, 3, H, W], as in VGGT."""
+
+    def __init__(self, frame_major: bool) -> None:
+        super().__init__()
+        self.patch, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+        self.special, self.frame_major = nn.Parameter(torch.randn(1, 2, 8)), frame_major
+
+    def forward(self, images: Tensor) -> Tensor:
+        batch, frames = images.shape[:2]
+        patches = self.patch(images.flatten(0, 1)).flatten(2).transpose(1, 2)
+        h = self.fc(torch.cat([self.special.expand(batch * frames, -1, -1), patches], 1))
+        if not self.frame_major:
+            h = h.unflatten(0, (batch, frames)).transpose(1, 2)
+        h = h.reshape(batch, frames * (patches.shape[1] + 2), 8)
+        h = h.unflatten(-1, (2, 4)).transpose(1, 2)
         return nn.functional.scaled_dot_product_attention(h, h, h)
 
 

@@ -104,6 +104,30 @@ def test_padded_text_and_packed_tokens(
                 assert sqnr_db(own, value) > (least if step % 3 == 0 else reused)
 
 
+@pytest.mark.parametrize(
+    ("passes", "scheme", "least"),
+    [
+        ("sparsify{density=1,block=16}", "none", 100),
+        ("sparsify{policy=topk,density=0.5,block=16}", "none", 20),
+        ("rotate,quant,sparsify{density=0.6,block=16,sinks=1}", "w8a8", 20),
+    ],
+)
+def test_attention_over_views(passes: str, scheme: str, least: float, tmp_path: Path) -> None:
+    views = ARCHITECTURES["vggt"]
+    original = views.build()
+    out = compile(
+        original, views.samples(), passes=passes, scheme=scheme, target="cpu", out=tmp_path / "out"
+    )
+    model = load(out.path)
+    sparse = [n for n in model.program.graph.nodes if n.target is SPARSE_ATTENTION.op]
+    assert len(sparse) == 2  # attention within a frame stays dense
+    torch.manual_seed(0)
+    for frames, height, width in ((4, 16, 24), (9, 32, 16)):
+        images = torch.randn(2, frames, 3, height, width)
+        wanted, found = original(images), model(images)
+        assert all(sqnr_db(found[key], wanted[key]) > least for key in wanted)
+
+
 def test_explain_shows_policy_density_and_time() -> None:
     source = Source(WAN.build(), WAN.samples(), name="wan")
     recipe = parse_recipe(f"rotate,smooth,quant,{SPARSE},reparameterize", "w8a8")

@@ -1,7 +1,9 @@
 """Which tokens of an attention are which frames, read off the symbolic shapes.
 
 A video token axis has a size such as ``s1*(s2//2)*(s3//2)``: a product in which one factor comes
-from the frame axis of an input. Further terms of a sum are text tokens, joined by a ``cat``. Where
+from the frame axis of an input. Further terms of a sum are text tokens, joined by a ``cat``; where
+every frame has tokens of its own beside its patches (a camera's, registers), all these terms have
+the frames as a factor, and together they are the video: ``s1*(s2//2)*(s3//2) + 5*s1``. Where
 the tokens themselves are the input, the grid of their positions tells: an axis of their number that
 is made of three, frames first, whose sizes the call gives as numbers.
 """
@@ -115,9 +117,8 @@ def _frames_of(
         extent = Extent.FRAME if in_batch else Extent.OTHER
         per_frame = str(tokens) if in_batch else ""
         return TokenFrames(name, extent, str(tokens), tokens_per_frame=per_frame)
-    factors = sympy.Mul.make_args(video[0])
-    frames = sympy.Mul(*(f for f in factors if f.free_symbols & frame_symbols))
-    space = sympy.Mul(*(f for f in factors if not f.free_symbols & frame_symbols))
+    frames = _frame_factor(video[0], frame_symbols)
+    space = sympy.expand(video[0] / frames)
     text = sympy.Add(*(t for t in terms if t is not video[0]))
     time_only = space == 1 and not text.free_symbols
     return TokenFrames(
@@ -141,9 +142,21 @@ def video_tokens(graph: Graph, query: fx.Node) -> Any:
 
 
 def _terms(tokens: Any, frame_symbols: set[Any]) -> tuple[list[Any], list[Any]]:
-    """All terms of a sum, and those with frames."""
+    """All terms of a sum, and those with frames; those that share their frames are one."""
     terms = list(sympy.Add.make_args(sympy.expand(tokens)))
-    return terms, [t for t in terms if t.free_symbols & frame_symbols]
+    video = [term for term in terms if term.free_symbols & frame_symbols]
+    if len(video) > 1 and len({_frame_factor(term, frame_symbols) for term in video}) == 1:
+        rest = [term for term in terms if not term.free_symbols & frame_symbols]
+        video = [sympy.Add(*video)]
+        terms = [*video, *rest]
+    return terms, video
+
+
+def _frame_factor(video: Any, frame_symbols: set[Any]) -> Any:
+    """The factor of a term, or of all terms of a sum, that counts frames."""
+    term = sympy.Add.make_args(video)[0]
+    factors = sympy.Mul.make_args(term)
+    return sympy.Mul(*(f for f in factors if f.free_symbols & frame_symbols))
 
 
 def _frame_symbols(graph: Graph) -> set[Any]:
@@ -181,7 +194,10 @@ def _grid_symbols(graph: Graph, merges: dict[Any, list[list[Any]]]) -> set[Any]:
 
 
 def _merges(graph: Graph) -> dict[Any, list[list[Any]]]:
-    """Merged size to the sizes it was merged from, over all reshapes."""
+    """Merged size to the sizes it was merged from, over all reshapes.
+
+    Frames that were in the batch come from there: ``[B*F, T] -> [B, F*T]`` merges F and T.
+    """
     found: dict[Any, list[list[Any]]] = {}
     for node in graph.nodes:
         if node.target is not A.reshape.default:
@@ -190,9 +206,14 @@ def _merges(graph: Graph) -> dict[Any, list[list[Any]]]:
         assert isinstance(source, fx.Node)
         out, inner = shape(node), shape(source)
         for outs, ins in aligned(out, inner):
-            if len(outs) == 1 and len(ins) > 1:
-                size = sympy.expand(sympy.sympify(out[outs[0]]))
-                found.setdefault(size, []).append([inner[axis] for axis in ins])
+            size = sympy.expand(sympy.sympify(out[outs[-1]]))
+            sizes = [inner[axis] for axis in ins]
+            if len(outs) == 2 and len(ins) == 2:
+                sizes[0] = sympy.cancel(sympy.sympify(sizes[0]) / out[outs[0]])
+                if sympy.expand(sizes[0] * sizes[1] - size) == 0 and sizes[0] != 1:
+                    found.setdefault(size, []).append(sizes)
+            elif len(outs) == 1 and len(ins) > 1:
+                found.setdefault(size, []).append(sizes)
     return found
 
 
