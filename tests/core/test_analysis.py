@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from vdqc.engine.pass_manager import Context, PassManager
-from vdqc.ir.analysis.absorb import Cost, ScaleFold, absorb_rotation, absorb_scale
+from vdqc.ir.analysis.absorb_rotation import absorb_rotation
+from vdqc.ir.analysis.absorb_scale import Cost, ScaleFold, absorb_scale
 from vdqc.ir.analysis.channels import aligned
 from vdqc.ir.analysis.classes import Basis, channel_classes
 from vdqc.ir.analysis.dataflow import attention_operands, norm_modulations, residual_adds

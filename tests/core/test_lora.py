@@ -14,7 +14,7 @@ from vdqc.base import hadamard
 from vdqc.base.diagnostics import ArtifactError, InputError
 from vdqc.engine.pass_manager import Context
 from vdqc.ir import transforms
-from vdqc.ir.analysis.absorb import RotateEdit
+from vdqc.ir.analysis.absorb_rotation import RotateEdit
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph
 from vdqc.ir.ops import KRONECKER, ROTATE

@@ -1,12 +1,14 @@
-"""Where a per-channel scale or a rotation of an activation can go so that it costs nothing.
+"""Where a per-channel scale of an activation can go so that it costs nothing.
 
-``smooth`` wants ``x · diag(d)`` in front of a group of peers, ``rotate`` wants ``x · R``. Both ask
-here which operands further up can carry the factor, so that the value comes out scaled or rotated
-and the function stays the same. The answer is a list of edits, which a pass carries out::
+``smooth`` puts ``x · diag(d)`` in front of a group of peers. ``fold`` asks here which operands
+further up can carry d, so that the value comes out scaled and the function stays the same. The
+answer is a list of edits, which the pass carries out::
 
     fold = absorb_scale(graph, value, readers)
     for edit in fold.edits:
         edit.node.args[edit.operand] <- operand * edit.factor(d)
+
+``absorb_rotation`` answers the same for a rotation.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -29,6 +30,7 @@ from vdqc.ir.analysis.channels import (
     shape,
     sources,
 )
+from vdqc.ir.analysis.operand_channels import attention_value, broadcast, runs
 from vdqc.ir.graph import Graph
 
 A = torch.ops.aten
@@ -99,35 +101,6 @@ class ScaleFold:
         return max((edit.cost for edit in self.edits), key=order.index, default=Cost.FREE)
 
 
-@final
-@dataclass(frozen=True)
-class RotateEdit:
-    """Rotate operand ``operand`` of the linear ``node`` (weight 1 or bias 2) along its output axis.
-
-    ``operand[at : at + stop - start] <- R[start:stop, start:stop]ᵀ · operand[at : ...]`` where R is
-    the block-diagonal rotation of the value (``value · R``).
-    """
-
-    node: fx.Node
-    operand: int
-    at: int
-    start: int
-    stop: int
-    size: int
-
-
-@final
-@dataclass(frozen=True)
-class RotationFold:
-    """How ``value · R`` is had for an orthogonal R that is block diagonal with blocks of ``block``.
-
-    No edits: the rotation stays online, and ``reason`` says why.
-    """
-
-    edits: tuple[RotateEdit, ...]
-    reason: str = ""
-
-
 def absorb_scale(graph: Graph, value: fx.Node, readers: Collection[fx.Node]) -> ScaleFold:
     """Edits that scale the last axis of ``value`` as ``readers`` see it, cheapest known form.
 
@@ -141,23 +114,6 @@ def absorb_scale(graph: Graph, value: fx.Node, readers: Collection[fx.Node]) -> 
     except Refused as refusal:
         return ScaleFold((_online(Channels.last_axis(value)),), str(refusal))
 
-
-def absorb_rotation(
-    graph: Graph, value: fx.Node, readers: Collection[fx.Node], block: int
-) -> RotationFold:
-    """Edits that rotate the last axis of ``value`` by blocks of ``block`` as ``readers`` see it.
-
-    Only linears that reach the value without any elementwise factor or nonlinearity can carry it;
-    through attention (v to to_out) only if ``block`` divides the head dimension.
-    """
-    try:
-        require_private(value, list(readers))
-        return RotationFold(tuple(_rotated(graph, Channels.last_axis(value), block)))
-    except Refused as refusal:
-        return RotationFold((), str(refusal))
-
-
-# scales -----------------------------------------------------------------------------------------
 
 _WEIGHTED: dict[
     Any, tuple[tuple[int, ...], int]
@@ -215,7 +171,7 @@ class _ScaleWalk:
         if node.target in (A.relu.default, A.neg.default):  # d is positive
             return self._step(value, 0)
         if node.target in (A.scaled_dot_product_attention.default, A.matmul.default):
-            return self.up(_attention_value(value))
+            return self.up(attention_value(value))
         moved = sources(value)
         if moved is None:
             raise Refused(f"{describe(node)} is not linear")
@@ -226,7 +182,7 @@ class _ScaleWalk:
         if not isinstance(operand, fx.Node):
             raise Refused(f"{describe(value.node)} adds a number")
         require_private(operand, [value.node])
-        return self.up(value.moved(operand, _broadcast(value, operand)))
+        return self.up(value.moved(operand, broadcast(value, operand)))
 
     def _weighted(self, value: Channels, plus_one: bool = False) -> list[ScaleEdit]:
         node = value.node
@@ -269,7 +225,7 @@ class _ScaleWalk:
         operand = value.node.args[index]
         if not isinstance(operand, fx.Node):
             raise Refused(f"{describe(value.node)} has a number for operand {index}")
-        coords = _broadcast(value, operand)
+        coords = broadcast(value, operand)
         if self.graph.is_constant(operand):
             return self._in_place(value, operand, index, coords, Cost.FREE)
         try:
@@ -332,30 +288,6 @@ def _channel_parts(value: Channels) -> list[Channels] | None:
     return sources(value) if axis in value.coords else None
 
 
-def _attention_value(value: Channels) -> Channels:
-    """Attention weights mix tokens, so channels and heads of v pass through unchanged."""
-    node = value.node
-    operand = node.args[2 if node.target is A.scaled_dot_product_attention.default else 1]
-    assert isinstance(operand, fx.Node)
-    require_private(operand, [node])
-    sizes, inner = shape(node), shape(operand)
-    if len(sizes) != len(inner) or len(sizes) - 2 in value.coords:
-        raise Refused(f"{describe(node)} mixes channels with tokens")
-    if any(sizes[axis] != inner[axis] for axis in value.coords):
-        raise Refused(f"{describe(node)}: several query heads share one value head")
-    return value.moved(operand, value.coords)
-
-
-def _broadcast(value: Channels, operand: fx.Node) -> dict[int, Index]:
-    """``value``'s coordinates on an operand of an elementwise op."""
-    sizes, inner = shape(value.node), shape(operand)
-    shift = len(sizes) - len(inner)
-    for axis in value.coords:
-        if axis < shift or inner[axis - shift] != sizes[axis]:
-            raise Refused(f"%{operand.name} is one number for several channels")
-    return {axis - shift: positions for axis, positions in value.coords.items()}
-
-
 def _is_small(operand: fx.Node, result: fx.Node) -> bool:
     """True if ``operand`` is broadcast along an axis of ``result`` (adaLN's [B, 1, D])."""
     sizes, inner = shape(result), shape(operand)
@@ -380,20 +312,7 @@ def _edits(
 ) -> list[ScaleEdit]:
     return [
         ScaleEdit(node, operand, axis, at, start, stop, size, ndim, cost, plus_one)
-        for at, start, stop in _runs(positions, d)
-    ]
-
-
-def _runs(positions: Index, d: Index) -> list[tuple[int, int, int]]:
-    """(first position, first channel, end channel) of runs where both grow by one."""
-    order = np.argsort(positions, kind="stable")
-    positions, d = positions[order], d[order]
-    if len(np.unique(positions)) != len(positions):
-        raise Refused("one channel would need two factors")
-    breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(d) != 1)) + 1
-    return [
-        (int(p[0]), int(c[0]), int(c[-1]) + 1)
-        for p, c in zip(np.split(positions, breaks), np.split(d, breaks), strict=True)
+        for at, start, stop in runs(positions, d)
     ]
 
 
@@ -403,65 +322,3 @@ def _online(value: Channels) -> ScaleEdit:
     at = int(next(iter(value.coords.values()))[0])
     rank = len(shape(value.node))
     return ScaleEdit(value.node, -1, -1, at, start, start + count, size, rank, Cost.ONLINE)
-
-
-# rotations --------------------------------------------------------------------------------------
-
-
-def _rotated(graph: Graph, value: Channels, block: int) -> list[RotateEdit]:
-    node = value.node
-    if node.op != "call_function":
-        raise Refused(f"%{node.name} is an input of the program")
-    if node.target is A.linear.default:
-        return _rotate_rows(graph, value, block)
-    if node.target in (A.scaled_dot_product_attention.default, A.matmul.default):
-        value = _attention_value(value)
-        for axis, positions in value.coords.items():
-            if axis != len(shape(value.node)) - 1:
-                _require_whole_blocks(value, positions, block)
-        return _rotated(graph, value, block)
-    if node.target in (A.add.Tensor, A.sub.Tensor) and node.kwargs.get("alpha", 1) == 1:
-        return [edit for side in (0, 1) for edit in _rotate_side(graph, value, side, block)]
-    moved = sources(value)
-    if moved is None:
-        raise Refused(f"{describe(node)} does not commute with a rotation")
-    if len(moved) > 1 or len(moved[0].d) < len(value.d):
-        for part in moved:
-            if np.any(np.bincount(part.d // block)[np.unique(part.d // block)] != block):
-                raise Refused(f"a block of {block} crosses {describe(node)}")
-    return [edit for part in moved for edit in _rotated(graph, part, block)]
-
-
-def _rotate_side(graph: Graph, value: Channels, side: int, block: int) -> list[RotateEdit]:
-    operand: Any = value.node.args[side]
-    if not isinstance(operand, fx.Node):
-        raise Refused(f"{describe(value.node)} adds a number")
-    require_private(operand, [value.node])
-    return _rotated(graph, value.moved(operand, _broadcast(value, operand)), block)
-
-
-def _require_whole_blocks(value: Channels, positions: Index, block: int) -> None:
-    """Channels of one block must share their place on every axis but the last (one head)."""
-    for first in np.unique(value.d // block):
-        heads = np.unique(positions[value.d // block == first])
-        if len(heads) > 1:
-            raise Refused(f"a block of {block} crosses heads of {shape(value.node)[-1]} channels")
-
-
-def _rotate_rows(graph: Graph, value: Channels, block: int) -> list[RotateEdit]:
-    node = value.node
-    axis = len(shape(node)) - 1
-    if set(value.coords) != {axis}:
-        raise Refused(f"the channels of {describe(node)} are not its outputs alone")
-    edits = []
-    for index in (1, 2):
-        operand = node.args[index] if len(node.args) > index else None
-        if operand is None:
-            continue
-        if not isinstance(operand, fx.Node) or not graph.is_constant(operand):
-            raise Refused(f"{describe(node)} has a weight that is not constant")
-        for at, start, stop in _runs(value.coords[axis], value.d):
-            if start % block or stop % block:
-                raise Refused(f"a block of {block} crosses rows of {describe(node)}")
-            edits.append(RotateEdit(node, index, at, start, stop, int(shape(node)[-1])))
-    return edits
