@@ -16,9 +16,10 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from vdqc.ir import inputs
 from vdqc.ir.folder import kept_in_float32
-from vdqc.ir.inputs import Config, Draw, Extent, Factory, cast, sample_of
+from vdqc.ir.inputs import INPUTS, axes_for, cast, sample_of
+from vdqc.ir.inputs.draw import Config, Draw, Extent, Factory
+from vdqc.ir.inputs.video import wan_token_timesteps
 from vdqc.ir.sample import Sample
 
 
@@ -91,7 +92,7 @@ class Architecture:
         }
 
     def _call(self, extent: Extent, seed: int, dtype: torch.dtype) -> dict[str, Any]:
-        factory = self.factory or inputs.INPUTS[self.class_name]
+        factory = self.factory or INPUTS[self.class_name]
         call: dict[str, Any] = cast(factory(self.config, extent, Draw(seed)), dtype)
         return call
 
@@ -269,7 +270,7 @@ def _table() -> dict[str, Architecture]:
     diffusers_classes: list[tuple[Any, ...]] = [
         ("wan-t2v", "WanTransformer3DModel", _WAN),
         ("wan-i2v", "WanTransformer3DModel", {**_WAN, "image_dim": 28, "added_kv_proj_dim": 64}),
-        ("wan-ti2v", "WanTransformer3DModel", _WAN, inputs.wan_token_timesteps),
+        ("wan-ti2v", "WanTransformer3DModel", _WAN, wan_token_timesteps),
         (
             "wan-vace",
             "WanVACETransformer3DModel",
@@ -623,7 +624,7 @@ def _entry(
         library,
         class_name,
         config,
-        axes=inputs.axes_for(class_name, config),
+        axes=axes_for(class_name, config),
         extent=_OFF_TABLE if off_table else Extent(),
         factory=factory,
     )
