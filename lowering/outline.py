@@ -18,7 +18,7 @@ from typing import Any, final
 
 from torch import Tensor, fx, nn
 
-from vdqc.ir.graph import block_name
+from vdqc.ir.blocks import block_name
 
 #: A value shared by blocks moves out of the first one if it takes at most so many nodes ...
 _MOST_HOISTED = 16

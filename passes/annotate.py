@@ -46,7 +46,8 @@ from vdqc.ir.analysis.roles import (
     find_roles,
 )
 from vdqc.ir.analysis.tokens import token_frames
-from vdqc.ir.graph import Graph, Stage, weight_source
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.names import weight_source
 from vdqc.ir.site import Site, SiteKind, set_note
 
 _NONE = QuantScheme.parse("none")

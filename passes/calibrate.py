@@ -31,7 +31,8 @@ from vdqc.base.ranges import clipped_range, percentile_range
 from vdqc.base.scheme import QuantSpec
 from vdqc.engine.calibrate import SiteStats, observe
 from vdqc.engine.pass_manager import Context, Pass, PassResult
-from vdqc.ir.graph import Graph, Stage, weight_source
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.names import weight_source
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import Site, SiteKind
 

@@ -29,7 +29,8 @@ import torch
 from torch import fx
 
 from vdqc.engine.pass_manager import Context, Pass, PassResult
-from vdqc.ir.graph import Graph, Stage, block_name
+from vdqc.ir.blocks import block_name
+from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.pattern import Mismatch, any_, any_list, either, match, number, op
 from vdqc.ir.site import note
 from vdqc.ir.sizes import SizeBuilder

@@ -34,7 +34,8 @@ from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir import transforms
 from vdqc.ir.analysis.absorb_rotation import RotateEdit, absorb_rotation
 from vdqc.ir.analysis.absorb_scale import Cost, ScaleEdit, absorb_scale
-from vdqc.ir.graph import Graph, Stage, weight_source
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.names import weight_source
 from vdqc.ir.ops import FAKE_QUANTIZE, ROTATE
 from vdqc.ir.site import note, set_note
 

@@ -50,8 +50,9 @@ from vdqc.engine.calibrate import ActivationStats
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir import learned, transforms
 from vdqc.ir.finished import Piece
-from vdqc.ir.graph import Graph, Stage, source_line
+from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import CLIP_START, learned_ratio, parameter_dtype
+from vdqc.ir.names import source_line
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.peers import feed, param_name, quantised_groups, wrap_weight
 from vdqc.ir.resume import WeightWork, codes_key, finish, may_keep_codes, share

@@ -40,8 +40,9 @@ from vdqc.base.scheme import QuantSpec
 from vdqc.engine.calibrate import ActivationStats
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.engine.rows import input_rows
-from vdqc.ir.graph import Graph, Stage, weight_source
+from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import cast, parameter_dtype
+from vdqc.ir.names import weight_source
 from vdqc.ir.peers import feed, param_name, quantised_groups, wrap_weight
 from vdqc.ir.site import Site, note, set_note
 

@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import fx, nn
 
-from vdqc.ir.graph import block_name
+from vdqc.ir.blocks import block_name
 from vdqc.ir.site import note
 
 #: ``(node, value, seconds)``.

@@ -33,7 +33,8 @@ from torch.utils import _pytree as pytree
 from vdqc.base import numerics
 from vdqc.base.block_mask import blocks, kept_blocks
 from vdqc.base.sparsity import MaskPolicy
-from vdqc.ir.graph import block_name, block_of, weighted_name
+from vdqc.ir.blocks import block_name, block_of
+from vdqc.ir.names import weighted_name
 from vdqc.ir.site import note
 from vdqc.observe import observed, produced_sites, programs_of
 

@@ -9,7 +9,8 @@ from typing import Any, final
 from vdqc.base.packing import stored_bytes
 from vdqc.base.scheme import QuantScheme
 from vdqc.engine.pass_manager import PassRecord
-from vdqc.ir.graph import Graph, block_name
+from vdqc.ir.blocks import block_name
+from vdqc.ir.graph import Graph
 from vdqc.ir.printer import print_type
 from vdqc.ir.site import Site, SiteKind
 from vdqc.lowering.select import KernelChoice

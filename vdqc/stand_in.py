@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vdqc.base.diagnostics import InputError
-from vdqc.ir.graph import Origin
+from vdqc.ir.origin import Origin
 from vdqc.ir.signature import IntInput, Signature, output_type
 
 Key = str | int

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from vdqc.base.diagnostics import ConfigError, InputError
-from vdqc.ir.graph import Graph, Stage, source_line
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.names import source_line
 from vdqc.ir.site import SiteKind, note
 from vdqc.testing.harness import AdaLNBlock, assert_close, assert_ir, captured
 

@@ -14,7 +14,7 @@ import torch
 from vdqc import report
 from vdqc.base.diagnostics import ConfigError, InputError
 from vdqc.check_result import CheckResult
-from vdqc.ir.graph import block_of
+from vdqc.ir.blocks import block_of
 from vdqc.report import charts, heat, png
 from vdqc.report.mask_data import picture, policy_pictures
 from vdqc.report.page import Html, tag

@@ -8,7 +8,8 @@ from vdqc.base.diagnostics import Severity
 from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.engine.recipe import parse_rule
 from vdqc.ir.frontend import capture
-from vdqc.ir.graph import Graph, Origin, Stage
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.origin import Origin
 from vdqc.ir.site import note
 from vdqc.passes.annotate import Annotate, Keep, nearest_group
 from vdqc.passes.canonicalize import Canonicalize

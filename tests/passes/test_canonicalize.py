@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from vdqc.base import numerics
 from vdqc.engine.pass_manager import Context, PassManager
+from vdqc.ir.blocks import block_name
 from vdqc.ir.frontend import capture
-from vdqc.ir.graph import Graph, block_name
+from vdqc.ir.graph import Graph
 from vdqc.ir.verifier import verify
 from vdqc.passes.annotate import Annotate
 from vdqc.passes.canonicalize import Canonicalize

@@ -23,7 +23,8 @@ from torch import Tensor, fx
 
 from vdqc.base.diagnostics import InputError
 from vdqc.engine.calibrate import Progress
-from vdqc.ir.graph import Graph, block_name
+from vdqc.ir.blocks import block_name
+from vdqc.ir.graph import Graph
 from vdqc.ir.sample import Sample
 from vdqc.ir.site import Site
 

@@ -23,8 +23,9 @@ from vdqc.base.diagnostics import Diagnostics, InputError, OrderError, VdqcError
 from vdqc.base.scheme import QuantScheme
 from vdqc.base.target import TARGETS, Target
 from vdqc.engine.calibrate import ActivationStats, activation_stats
-from vdqc.ir.graph import Graph, Stage, module_path, source_line
+from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import frozen
+from vdqc.ir.names import module_path, source_line
 from vdqc.ir.sample import Sample
 from vdqc.ir.verifier import verify
 

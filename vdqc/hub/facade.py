@@ -19,7 +19,7 @@ from torch import nn
 
 from vdqc.base.diagnostics import InputError
 from vdqc.hub.adapters import AdapterMethods
-from vdqc.ir.graph import Origin
+from vdqc.ir.origin import Origin
 
 #: Refused methods, and what to do instead.
 ADVICE = {

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vdqc.base.diagnostics import InputError, nearest
 from vdqc.ir import artifact
-from vdqc.ir.graph import Origin
+from vdqc.ir.origin import Origin
 from vdqc.ir.weight_files import Weight, weight_bytes, write_file
 from vdqc.ir.weights import stored_folder
 

@@ -38,7 +38,8 @@ from vdqc.engine.recipe import Recipe
 from vdqc.ir import program
 from vdqc.ir import staging as _staging
 from vdqc.ir.finished import Finished, Job, link, weight_identity
-from vdqc.ir.graph import Graph, Origin, Stage
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.origin import Origin
 from vdqc.ir.weight_files import (
     Weight,
     weight_bytes,

@@ -19,7 +19,8 @@ from torch import fx
 
 from vdqc.base.diagnostics import InputError
 from vdqc.ir.analysis.tokens import Extent
-from vdqc.ir.graph import Graph, block_name
+from vdqc.ir.blocks import block_name
+from vdqc.ir.graph import Graph
 from vdqc.ir.learned import cast
 from vdqc.ir.signature import IntInput, evaluate
 from vdqc.ir.site import Site, SiteKind, note

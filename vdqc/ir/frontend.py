@@ -26,17 +26,12 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from vdqc.base.diagnostics import CaptureError, Diagnostics, InputError
+from vdqc.ir.attributes import attribute, has_attribute, set_attribute
 from vdqc.ir.dynamic import Plan, coincidences, plans
 from vdqc.ir.functionalize import plain_module
-from vdqc.ir.graph import Graph, Origin
-from vdqc.ir.meta import (
-    attribute,
-    has_attribute,
-    retarget,
-    set_attribute,
-    tensors_on_meta,
-    to_meta,
-)
+from vdqc.ir.graph import Graph
+from vdqc.ir.meta import retarget, tensors_on_meta, to_meta
+from vdqc.ir.origin import Origin
 from vdqc.ir.relations import Symbols, check_example
 from vdqc.ir.repairs import PlainRepeats, repaired
 from vdqc.ir.sample import Sample

@@ -12,10 +12,8 @@ from __future__ import annotations
 import copy
 import enum
 import fnmatch
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -26,9 +24,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vdqc.base.diagnostics import ConfigError, nearest
 from vdqc.base.scheme import QuantScheme
+from vdqc.ir.attributes import attribute, owner
+from vdqc.ir.blocks import Block, blocks_of
 from vdqc.ir.finished import Finished
+from vdqc.ir.interpreter import Interpreter
+from vdqc.ir.names import name_sites
+from vdqc.ir.origin import Origin
 from vdqc.ir.signature import Signature
-from vdqc.ir.site import SITE_KINDS, Site, SiteKind, note, set_note
+from vdqc.ir.site import Site, SiteKind, note, set_note
 from vdqc.ir.weights import StoredTensor, spill
 
 
@@ -42,38 +45,6 @@ class Stage(enum.IntEnum):
 
     def __str__(self) -> str:
         return self.name.lower()
-
-
-@final
-@dataclass(frozen=True)
-class Origin:
-    """Where a graph came from, as far as a stand-in for the model needs it. All JSON.
-
-    Attributes:
-        model_class: import path of the captured class.
-        config: the model's configuration, or empty.
-        dtype: name of the dtype the model was captured in.
-        keep: name patterns that the model's own class wants in high precision
-            (diffusers' ``_keep_in_fp32_modules`` and ``_skip_layerwise_casting_patterns``).
-        repairs: what capture had to change in the forward, one sentence each.
-    """
-
-    model_class: str = ""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = "float32"
-    keep: tuple[str, ...] = ()
-    repairs: tuple[str, ...] = ()
-
-
-@final
-@dataclass(frozen=True)
-class Block:
-    """One repeated block: its nodes in order, the values that enter and leave it."""
-
-    name: str
-    nodes: tuple[fx.Node, ...]
-    inputs: tuple[fx.Node, ...]
-    outputs: tuple[fx.Node, ...]
 
 
 @final
@@ -108,7 +79,7 @@ class Graph:
         self.provenance = ""
         self._compiled_version = -1
         if stage is Stage.CAPTURED:
-            _name_sites(module.graph)
+            name_sites(module.graph)
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -165,11 +136,7 @@ class Graph:
 
     def blocks(self) -> list[Block]:
         """Repeated blocks (children of a ModuleList), in program order, with their boundaries."""
-        members: dict[str, list[fx.Node]] = {}
-        for node in self.module.graph.nodes:
-            if node.op == "call_function" and (name := block_name(node)):
-                members.setdefault(name, []).append(node)
-        return [_block(name, nodes) for name, nodes in members.items()]
+        return blocks_of(self.module.graph)
 
     def param_names(self) -> list[str]:
         """Names of all weights that the program reads."""
@@ -180,7 +147,7 @@ class Graph:
         """The weight ``name``; read from its file if it lives there, never cached."""
         if name in self.stored:
             return self.stored[name].read()
-        tensor: Tensor = _attribute(self.module, name)
+        tensor: Tensor = attribute(self.module, name)
         return tensor.detach() if name not in self.free else tensor
 
     def is_constant(self, node: fx.Node) -> bool:
@@ -266,14 +233,14 @@ class Graph:
             self.stored[name] = value
             value = torch.empty(value.shape, dtype=value.dtype, device="meta")
         (self.free.add if free else self.free.discard)(name)
-        owner = _owner(self.module, name)
+        place = owner(self.module, name)
         leaf = name.rpartition(".")[2]
-        if hasattr(owner, leaf):
-            delattr(owner, leaf)
+        if hasattr(place, leaf):
+            delattr(place, leaf)
         if free:
-            owner.register_parameter(leaf, nn.Parameter(value))
+            place.register_parameter(leaf, nn.Parameter(value))
         else:
-            owner.register_buffer(leaf, value)
+            place.register_buffer(leaf, value)
         node = self._param_node(name)
         node.meta["val"] = self._fake(value)
         self.version += 1
@@ -308,7 +275,7 @@ class Graph:
         used = set(self.param_names())
         for name, _ in [*self.module.named_parameters(), *self.module.named_buffers()]:
             if name not in used:
-                delattr(_owner(self.module, name), name.rpartition(".")[2])
+                delattr(owner(self.module, name), name.rpartition(".")[2])
         self.stored = {name: stored for name, stored in self.stored.items() if name in used}
         self.free &= used
         self._recompile()
@@ -350,7 +317,7 @@ class Graph:
             self._recompile()
             result = self.module(*inputs)
         else:
-            result = _Interpreter(self, observe).run(*inputs)
+            result = Interpreter(self.module, self.stored, observe).run(*inputs)
         return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
     @contextmanager
@@ -368,135 +335,10 @@ class Graph:
         return print_graph(self)
 
 
-class _Interpreter(fx.Interpreter):
-    """Runs node by node, reading stored weights when they are used and freeing dead values."""
-
-    def __init__(self, graph: Graph, observe: Callable[[fx.Node, Any], None] | None) -> None:
-        super().__init__(graph.module, garbage_collect_values=True)
-        self._graph = graph
-        self._observe = observe
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "get_attr" and n.target in self._graph.stored:
-            return None  # read where it is used: see call_function
-        stored = [
-            a for a in n.all_input_nodes if a.op == "get_attr" and a.target in self._graph.stored
-        ]
-        for operand in stored:
-            self.env[operand] = self._graph.param(str(operand.target))
-        value = super().run_node(n)
-        for operand in stored:
-            self.env[operand] = None
-        if self._observe is not None:
-            self._observe(n, value)
-        return value
-
-
-_BLOCK = re.compile(r"(?:^|.*?\.)\w+\.\d+(?=\.|$)")
-
-
-def block_name(node: fx.Node) -> str:
-    """Name of the outermost ModuleList child that ``node`` was captured in, or ""."""
-    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        if name := block_of(str(path)):
-            return name
-    return ""
-
-
-def block_of(path: str) -> str:
-    """Name of the outermost ModuleList child on a module path, or of a site's name, or ""."""
-    match = _BLOCK.match(path.partition(":")[0])
-    return match[0] if match else ""
-
-
-def module_path(node: fx.Node) -> str:
-    """Full name of the innermost module that ``node`` was captured in, or ""."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
-
-
-def source_line(node: fx.Node) -> str:
-    """``file:line  text`` of the user's code behind ``node``, or ""."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', node.stack_trace or "")
-    frames = [frame for frame in frames if "/torch/" not in frame[0]] or frames
-    if not frames:
-        return ""
-    file, line, text = frames[-1]
-    return f"{file.rpartition('/')[2]}:{line}  {text.strip()}"
-
-
-def weighted_name(weight: str) -> str:
-    """Name of the site that reads ``weight``: its module; ``model`` for the model itself.
-
-    What passes add to a site lies under its name, so that cannot be the weight's own: one that is
-    no module's ``weight`` loses the word (``attn.in_proj_weight``) or gets one more.
-    """
-    path, _, leaf = weight.rpartition(".")
-    if leaf == "weight":
-        return path or "model"
-    return weight.removesuffix("_weight") if leaf.endswith("_weight") else f"{weight}_linear"
-
-
-def weight_source(node: fx.Node) -> fx.Node | None:
-    """The ``get_attr`` that a weight expression starts from, following first operands."""
-    while node.op == "call_function":
-        first = node.args[0] if node.args else None
-        if not isinstance(first, fx.Node):
-            return None
-        node = first
-    return node if node.op == "get_attr" else None
-
-
 def _site(node: fx.Node) -> Site:
     entries = note(node)
     scheme = QuantScheme.parse(entries["scheme"]) if "scheme" in entries else None
     return Site(entries["site"], SiteKind(entries["kind"]), node, scheme, entries.get("role", ""))
-
-
-def _name_sites(graph: fx.Graph) -> None:
-    """Name every site once: by its weight, or by its module for attention; ``#2`` for repeats."""
-    counts: dict[str, int] = {}
-    for node in graph.nodes:
-        kind = SITE_KINDS.get(node.target) if node.op == "call_function" else None
-        if kind is None:
-            continue
-        if kind is SiteKind.ATTENTION:
-            name = f"{module_path(node) or node.name}:attention"
-        else:
-            weight = weight_source(node.args[1])
-            if weight is None:
-                continue
-            name = weighted_name(str(weight.target))
-        counts[name] = counts.get(name, 0) + 1
-        suffix = f"#{counts[name]}" if counts[name] > 1 else ""
-        set_note(node, site=name + suffix, kind=str(kind))
-
-
-def _block(name: str, nodes: list[fx.Node]) -> Block:
-    inside = set(nodes)
-    inputs = dict.fromkeys(
-        operand
-        for node in nodes
-        for operand in node.all_input_nodes
-        if operand not in inside and operand.op != "get_attr"
-    )
-    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
-    return Block(name, tuple(nodes), tuple(inputs), tuple(outputs))
-
-
-def _attribute(root: nn.Module, name: str) -> Any:
-    value: Any = root
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _owner(root: nn.Module, name: str) -> nn.Module:
-    for part in name.split(".")[:-1]:
-        if not hasattr(root, part):
-            root.add_module(part, nn.Module())
-        root = getattr(root, part)
-    return root
 
 
 def _shared_fakes(graph: Graph) -> dict[int, Any]:

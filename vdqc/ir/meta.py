@@ -64,32 +64,3 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value
     with value.fake_mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-
-
-def has_attribute(root: nn.Module, name: str) -> bool:
-    """Whether ``root`` has something at the dotted ``name``."""
-    value: Any = root
-    for part in name.split("."):
-        if not hasattr(value, part):
-            return False
-        value = getattr(value, part)
-    return True
-
-
-def attribute(root: nn.Module, name: str) -> Any:
-    """What is at the dotted ``name``."""
-    value: Any = root
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def set_attribute(root: nn.Module, name: str, value: Tensor) -> None:
-    """Put ``value`` at the dotted ``name``, as a parameter where it is one."""
-    path, _, leaf = name.rpartition(".")
-    owner: Any = attribute(root, path) if path else root
-    delattr(owner, leaf)
-    if isinstance(value, nn.Parameter):
-        owner.register_parameter(leaf, value)
-    else:
-        owner.register_buffer(leaf, value)

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from vdqc.base.diagnostics import ArtifactError
-from vdqc.ir.graph import Graph, Origin, Stage, module_path, source_line
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.names import module_path, source_line
+from vdqc.ir.origin import Origin
 from vdqc.ir.signature import IntInput, Signature
 from vdqc.ir.site import note
 from vdqc.ir.value_types import TypeReader, TypeWriter

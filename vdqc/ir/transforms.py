@@ -34,7 +34,8 @@ from vdqc.base import hadamard
 from vdqc.base.diagnostics import ArtifactError
 from vdqc.base.kronecker import kronecker
 from vdqc.ir.finished import tensor_hash
-from vdqc.ir.graph import Graph, weight_source
+from vdqc.ir.graph import Graph
+from vdqc.ir.names import weight_source
 from vdqc.ir.ops import FAKE_QUANTIZE, KRONECKER, ROTATE
 from vdqc.ir.site import Site, SiteKind
 

@@ -26,7 +26,8 @@ from torch import Tensor, fx
 from vdqc.base.diagnostics import ConfigError, InputError, nearest
 from vdqc.base.target import Target
 from vdqc.ir import transforms
-from vdqc.ir.graph import Graph, Origin, Stage
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.origin import Origin
 from vdqc.ir.signature import Signature
 from vdqc.ir.site import Site, SiteKind
 from vdqc.ir.transforms import Step

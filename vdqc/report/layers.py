@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vdqc.check_result import CheckResult
-from vdqc.ir.graph import block_of
+from vdqc.ir.blocks import block_of
 from vdqc.observe import SiteTime
 from vdqc.report import charts
 from vdqc.report.data import ReportData, weighted_bits

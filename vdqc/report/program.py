@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vdqc.base.diagnostics import ConfigError, nearest
-from vdqc.ir.graph import block_of
+from vdqc.ir.blocks import block_of
 from vdqc.report import charts
 from vdqc.report.data import ReportData
 from vdqc.report.page import Html, details, section, table, tag

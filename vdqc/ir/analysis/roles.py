@@ -17,7 +17,8 @@ from vdqc.ir.analysis.dataflow import (
     readers,
     residual_adds,
 )
-from vdqc.ir.graph import Graph, block_name
+from vdqc.ir.blocks import block_name
+from vdqc.ir.graph import Graph
 from vdqc.ir.site import SITE_KINDS, Site, SiteKind, note
 
 A = torch.ops.aten

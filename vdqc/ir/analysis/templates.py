@@ -8,7 +8,8 @@ from typing import Any, final
 import torch
 from torch import fx
 
-from vdqc.ir.graph import Block, Graph
+from vdqc.ir.blocks import Block
+from vdqc.ir.graph import Graph
 from vdqc.ir.printer import op_name, print_type
 from vdqc.ir.site import note
 
