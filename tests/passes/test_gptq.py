@@ -12,8 +12,9 @@ from vdqc.engine.pass_manager import Context
 from vdqc.engine.recipe import parse_passes
 from vdqc.ir.graph import Stage
 from vdqc.ir.site import set_note
+from vdqc.ir.weight_quantiser import WeightRange
 from vdqc.passes.gptq import Gptq
-from vdqc.passes.quant import Clip, Quant, WeightRange
+from vdqc.passes.quant import Clip, Quant
 from vdqc.passes.table import PASSES
 from vdqc.testing.harness import AdaLNBlock, annotated, assert_ir, context, remarks, run
 

@@ -11,7 +11,8 @@ from vdqc.engine.pass_manager import Context
 from vdqc.engine.recipe import parse_passes
 from vdqc.ir.graph import Stage
 from vdqc.ir.site import set_note
-from vdqc.passes.quant import Clip, Quant, Rounding, Step, WeightRange, weight_scale
+from vdqc.ir.weight_quantiser import WeightRange, weight_scale
+from vdqc.passes.quant import Clip, Quant, Rounding, Step
 from vdqc.passes.table import PASSES
 from vdqc.testing.harness import (
     annotated,
@@ -230,7 +231,8 @@ def test_weight_error_falls_with_bits(
         scale, zero_point = weight_scale(weight, spec, weight_range)
         quantised = numerics.fake_quantize(weight, scale, zero_point, spec)
         sqnr = numerics.sqnr_db(quantised, weight)
-        assert sqnr > previous
+        # a tie up to rounding where one more bit still has codes for nothing but outliers
+        assert sqnr > previous - numerics.TOLERANCE[torch.float32]
         previous = sqnr
 
 

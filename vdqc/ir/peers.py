@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
+from vdqc.base.scheme import QuantScheme
 from vdqc.ir.graph import Graph
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import Site
@@ -21,6 +22,12 @@ def quantised_groups(graph: Graph, select: str = "*") -> list[list[Site]]:
     return [group for group in groups if group]
 
 
+def scheme_of(site: Site) -> QuantScheme:
+    """The scheme of ``site``, which has one: all of ``quantised_groups`` do."""
+    assert site.scheme is not None
+    return site.scheme
+
+
 def unquantised(node: fx.Node) -> fx.Node:
     """What a quantiser reads; the node itself if it is none."""
     if node.target is not FAKE_QUANTIZE:
@@ -33,6 +40,16 @@ def unquantised(node: fx.Node) -> fx.Node:
 def param_name(site: Site, leaf: str) -> str:
     """Name for a parameter of ``site`` that no module of the model has: ``blocks.0.fc1.smooth``."""
     return f"{site.name.replace('#', '_')}.{leaf}"
+
+
+def scale_params(
+    graph: Graph, site: Site, role: str, scale: Tensor, zero_point: Tensor | None
+) -> tuple[fx.Node, fx.Node | None]:
+    """Scale and zero point of the ``weight`` or ``input`` of ``site``, as its parameters."""
+    scale_node = graph.set_param(param_name(site, f"{role}_scale"), scale)
+    if zero_point is None:
+        return scale_node, None
+    return scale_node, graph.set_param(param_name(site, f"{role}_zero_point"), zero_point)
 
 
 def feed(graph: Graph, peers: Sequence[Site], op: Any, *args: Any) -> fx.Node:
