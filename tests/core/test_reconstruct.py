@@ -1,14 +1,7 @@
-"""The trainer's parts: cutting, caching, dealing samples, checkpoints, a kill, two workers."""
+"""The trainer's parts: cutting, caching, dealing samples, checkpoints."""
 
 import itertools
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import runpy
 from pathlib import Path
 
 import pytest
@@ -17,78 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vdqc.base.diagnostics import ConfigError, Diagnostics, VdqcError
-from vdqc.engine import losses
+from vdqc.base.diagnostics import ConfigError, Diagnostics
 from vdqc.engine.block_cache import ActivationCache, parse_bytes
 from vdqc.engine.block_module import BlockModule, Cuts, plan_blocks
 from vdqc.engine.block_trainer import Schedule, train
 from vdqc.engine.checkpoint import Checkpoint, Saved
 from vdqc.engine.distributed import Workers
-from vdqc.engine.pass_manager import Context, PassManager
-from vdqc.engine.recipe import Recipe
-from vdqc.engine.reconstruct import Training, reconstruct
-from vdqc.ir.frontend import capture
+from vdqc.engine.pass_manager import Context
+from vdqc.engine.reconstruct import reconstruct
 from vdqc.ir.graph import Graph
 from vdqc.ir.learned import frozen
 from vdqc.ir.sample import Sample
-from vdqc.passes.table import PASSES
-from vdqc.testing.harness import AdaLNBlock, assert_close
 
-HERE = Path(__file__)
-
-
-class Stack(nn.Module):
-    """Two blocks that share a context vector, and a linear before them."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.embed = nn.Linear(width, width)
-        self.blocks = nn.ModuleList([AdaLNBlock(width, 2) for _ in range(2)])
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        y = self.embed(y)
-        for block in self.blocks:
-            x = block(x, y)
-        return x
-
-
-def compressed(width: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Graph, list[Sample]]:
-    torch.manual_seed(0)
-    model = Stack(width).to(dtype).eval()
-    shapes = [(2, 6), (3, 5), (2, 6), (2, 6)]
-    random = torch.Generator().manual_seed(1)
-    samples = [
-        Sample(
-            {
-                "x": torch.randn(batch, tokens, width, generator=random).to(dtype),
-                "y": torch.randn(batch, width, generator=random).to(dtype),
-            }
-        )
-        for batch, tokens in shapes
-    ]
-    graph = capture(model, samples)
-    passes = "canonicalize,annotate{keep=nothing},rotate,smooth{learn=true},quant{clip=learned}"
-    recipe = Recipe.parse(passes, PASSES, ["w4a4"])
-    PassManager(recipe.passes, probe=False).run(graph, Context(samples, rules=recipe.rules))
-    return graph, samples
+HELP = runpy.run_path(str(Path(__file__).with_name("reconstruct_stack.py")))
+compressed, fresh, training = HELP["compressed"], HELP["fresh"], HELP["training"]
 
 
 @pytest.fixture(scope="module")
 def stack() -> tuple[Graph, list[Sample]]:
     return compressed()
-
-
-def fresh(stack: tuple[Graph, list[Sample]]) -> tuple[Graph, list[Sample]]:
-    """The same again, with parameters of its own."""
-    twin = frozen(stack[0])
-    for name in stack[0].free:
-        twin.set_param(name, stack[0].param(name).detach().clone(), free=True)
-    return twin, stack[1]
-
-
-def training(folder: Path | None = None, **schedule: int) -> Training:
-    plan = {"epochs": 2, "check": 1, **schedule}
-    return Training(losses.parse("block"), Schedule(**plan), checkpoint=folder)
 
 
 # cutting ----------------------------------------------------------------------------------------
@@ -307,140 +247,3 @@ def test_another_sample_is_another_checkpoint(
         results = reconstruct(fresh(stack)[0], Context(chosen), training(tmp_path, epochs=1))
         assert {result.resumed for result in results} == {number == 2}
     assert len(list(tmp_path.iterdir())) == 2
-
-
-# other processes --------------------------------------------------------------------------------
-
-
-def child(folder: Path, out: Path, batch: int, die: str) -> None:
-    """One worker, or the process that is killed; ``die`` names the last block that it finishes."""
-    graph, samples = compressed()
-    ctx = Context(samples)
-    if die:
-        ctx.progress = lambda items, description: _deadly(items, folder, die)
-    diagnostics = ctx.diagnostics
-    reconstruct(graph, ctx, training(folder, batch=batch, epochs=3))
-    values = {name: graph.param(name).tolist() for name in sorted(graph.free)}
-    rank = os.environ.get("RANK", "0")
-    (out / f"{rank}.json").write_text(json.dumps(values))
-    assert not [entry for entry in diagnostics if entry.severity == "warning"]
-
-
-def _deadly(items: object, folder: Path, block: str) -> object:
-    """Progress that kills the process two steps after ``block`` was saved."""
-    saved = f"???-{block}.safetensors"
-    steps = 0
-    for item in items:  # type: ignore[attr-defined]
-        steps += bool(list(folder.rglob(saved)))
-        if steps == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield item
-
-
-def start(arguments: list[str], **environment: str) -> "subprocess.Popen[str]":
-    code = (
-        "import importlib.util as u, sys; from pathlib import Path;"
-        f"s = u.spec_from_file_location('child', {str(HERE)!r}); m = u.module_from_spec(s);"
-        "s.loader.exec_module(m); a = sys.argv[1:];"
-        "m.child(Path(a[0]), Path(a[1]), int(a[2]), a[3])"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def alone(stack: tuple[Graph, list[Sample]]) -> dict[str, Tensor]:
-    """What one process makes with a batch of two."""
-    graph, samples = fresh(stack)
-    reconstruct(graph, Context(samples), training(batch=2, epochs=3))
-    return {name: graph.param(name).detach() for name in graph.free}
-
-
-def test_a_killed_run_goes_on_without_training_a_block_again(
-    tmp_path: Path, stack: tuple[Graph, list[Sample]], alone: dict[str, Tensor]
-) -> None:
-    checkpoints, out = tmp_path / "checkpoints", tmp_path / "out"
-    out.mkdir()
-    process = start([str(checkpoints), str(out), "2", "blocks.0"])
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == -signal.SIGKILL, output
-    finished = sorted(checkpoints.rglob("*.safetensors"))
-    assert [file.name[4:] for file in finished] == [
-        "before-blocks.0.safetensors",
-        "blocks.0.safetensors",
-    ]
-    times = [file.stat().st_mtime_ns for file in finished]
-    graph, samples = fresh(stack)
-    results = reconstruct(graph, Context(samples), training(checkpoints, batch=2, epochs=3))
-    assert [result.resumed for result in results] == [True, True, False]
-    assert [file.stat().st_mtime_ns for file in finished] == times
-    assert not list(checkpoints.rglob("*.partial"))
-    for name, value in alone.items():
-        assert torch.equal(graph.param(name), value), name
-
-
-def _free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
-@contextmanager
-def other_worker(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], die: str = ""
-) -> Iterator["subprocess.Popen[str]"]:
-    """This process is worker 0 of 2, as torchrun would tell it; the other one is a child."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    process = start([*arguments, die], RANK="1", **common)
-    for name, value in {**common, "RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    try:
-        yield process
-    finally:
-        process.kill()
-
-
-def test_two_workers_make_what_one_process_makes(
-    tmp_path: Path,
-    stack: tuple[Graph, list[Sample]],
-    alone: dict[str, Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    checkpoints = tmp_path / "checkpoints"
-    graph, samples = fresh(stack)
-    ctx = Context(samples)
-    with other_worker(monkeypatch, [str(checkpoints), str(tmp_path), "1"]) as process:
-        reconstruct(graph, ctx, training(checkpoints, batch=1, epochs=3))
-        output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    other = json.loads((tmp_path / "1.json").read_text())
-    assert [entry.code for entry in ctx.diagnostics if entry.code == "batch"]
-    for name, value in alone.items():
-        found = graph.param(name).detach()
-        assert found.tolist() == other[name], name  # every worker holds the same
-        # sums in another order: equal to rounding, of which Adam makes a little more
-        assert_close(found, value)
-
-
-def test_a_lost_worker_is_named_and_its_run_goes_on(
-    tmp_path: Path, stack: tuple[Graph, list[Sample]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoints = tmp_path / "checkpoints"
-    graph, samples = fresh(stack)
-    arguments = [str(checkpoints), str(tmp_path), "2"]
-    with other_worker(monkeypatch, arguments, die="blocks.0") as process:
-        with pytest.raises(VdqcError, match="worker 0 of 2 lost another one") as caught:
-            reconstruct(graph, Context(samples), training(checkpoints, batch=2, epochs=3))
-        process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    assert caught.value.diagnostic.code == "worker-lost"
-    assert "finished blocks are not trained again" in str(caught.value.diagnostic)
-    monkeypatch.delenv("WORLD_SIZE")
-    graph, samples = fresh(stack)
-    results = reconstruct(graph, Context(samples), training(checkpoints, batch=2, epochs=3))
-    assert [result.resumed for result in results] == [True, True, False]
