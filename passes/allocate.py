@@ -32,24 +32,21 @@ Online: a join and a permutation of the output where rows have several widths.
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, fx
 
-from vdqc.base import numerics
-from vdqc.base.allocation import kurtosis, outlier_split, spend
+from vdqc.base.allocation import kurtosis, outlier_split, row_errors, row_size, spend
 from vdqc.base.diagnostics import ConfigError, InputError
-from vdqc.base.packing import stored_bytes
-from vdqc.base.rounding import output_error
-from vdqc.base.scheme import QuantScheme, QuantSpec
+from vdqc.base.scheme import QuantScheme
 from vdqc.engine.moments import input_moments
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.peers import param_name, quantised_groups
+from vdqc.ir.row_plan import Plan, narrowed, spec_of, with_planes
 from vdqc.ir.site import Site, note, set_note
 
 aten = torch.ops.aten
@@ -234,55 +231,6 @@ class Allocate(Pass):
         return torch.stack(totals).double().cpu()
 
 
-@final
-@dataclass(frozen=True)
-class Plan:
-    """What the rows of one weight get: ``parts`` are (scheme, rows), all rows once."""
-
-    parts: tuple[tuple[str, Tensor], ...]
-    error_to_uniform: float
-    moved: int
-
-    @staticmethod
-    def of(
-        forms: Sequence[Sequence[str]],
-        form: Tensor,
-        order: Tensor,
-        error: float,
-        plain: float,
-        moved: int,
-    ) -> Plan:
-        """Rows that have one scheme together, schemes by bits."""
-        rows: dict[str, list[int]] = {}
-        for row, (f, o) in enumerate(zip(form.tolist(), order.tolist(), strict=True)):
-            rows.setdefault(forms[f][o], []).append(row)
-        ordered = sorted(rows, key=lambda text: (_weight_bits(text), "+" in text))
-        parts = tuple((text, torch.tensor(rows[text])) for text in ordered)
-        return Plan(parts, error / plain if plain > 0 else 1.0, moved)
-
-    @property
-    def is_mixed(self) -> bool:
-        """True if rows differ."""
-        return len(self.parts) > 1
-
-    def facts(self, site: Site) -> dict[str, Any]:
-        """What reports tell: bits before and with scales, and how the output error changes."""
-        rows, width = site.weight.meta["val"].shape
-        nominal = sum(_weight_bits(text) * len(r) for text, r in self.parts) / rows
-        stored = 0
-        for text, r in self.parts:
-            spec = QuantScheme.parse(text).weight
-            assert spec is not None
-            stored += stored_bytes(len(r), width, spec)
-        return {
-            "rows": {text: len(r) for text, r in self.parts},
-            "tenths_moved": self.moved,
-            "mean_bits": round(nominal, 4),
-            "effective_bits": round(8 * stored / (rows * width), 3),
-            "error_to_uniform": round(self.error_to_uniform, 4),
-        }
-
-
 # match ------------------------------------------------------------------------------------------
 
 
@@ -314,55 +262,6 @@ def moments(
         )
         return [(group, None) for group in groups]
     return input_moments(graph, ctx.samples, groups, progress=ctx.progress)
-
-
-def row_errors(weight: Tensor, spec: QuantSpec | None, moment: Tensor | None) -> Tensor:
-    """float[N]: output error of each row, rounded to nearest over its whole range."""
-    assert spec is not None
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return row_size(wide - numerics.nearest(wide, spec), moment)
-
-
-def row_size(value: Tensor, moment: Tensor | None) -> Tensor:
-    """float[N]: mean square of the output of each row."""
-    wide = value.to(torch.promote_types(value.dtype, torch.float32))
-    return wide.square().sum(-1) if moment is None else output_error(wide.to(moment.dtype), moment)
-
-
-def spec_of(site: Site) -> QuantSpec:
-    """How the weight of ``site`` is quantised."""
-    assert site.scheme is not None
-    assert site.scheme.weight is not None
-    return site.scheme.weight
-
-
-def narrowed(site: Site, bits: int) -> str:
-    """The scheme of ``site`` with weights of ``bits``; raises InputError if there is none."""
-    if not 1 <= bits <= 8:
-        raise InputError(
-            f"rows of {site.scheme} would get {bits} bits, expected 1 ... 8",
-            "give it a scheme with weights of 2 to 7 bits, or leave it out with select",
-            site=site.name,
-        )
-    text = re.sub(r"^w\d", f"w{bits}", str(site.scheme))
-    if bits == 1 and spec_of(site).symmetric:
-        raise InputError(
-            f"rows of {site.scheme} would get one bit, which needs a zero point",
-            f"say {site.scheme}-wasym (or -asym)",
-            site=site.name,
-        )
-    return text
-
-
-def with_planes(scheme: str, planes: int) -> str:
-    """``scheme`` with binary planes beside its weights."""
-    return re.sub(r"^(w\d)", rf"\1+{planes}", scheme)
-
-
-def _weight_bits(scheme: str) -> int:
-    spec = QuantScheme.parse(scheme).weight
-    assert spec is not None
-    return spec.bits
 
 
 def _total(table: Tensor, order: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Where bits go: which rows of a weight, or which layers, get more of them at a fixed mean.
 
-A row's saliency is its kurtosis, mean (w - mean)^4 / std^4: 3 for a Gaussian row, more the heavier
-its tails. ``outlier_split`` gives k = N / 10 rows at a time from the top one more bit and as many
-from the bottom one fewer, as long as the output error falls, so that the mean stays. ``spend`` buys
-bits one step at a time where a bit lowers the error most, up to a budget.
+A row's error is that of its output: of rounding it to nearest, under the second moment of its
+inputs. Its saliency is its kurtosis, mean (w - mean)^4 / std^4: 3 for a Gaussian row, more the
+heavier its tails. ``outlier_split`` gives k = N / 10 rows at a time from the top one more bit and
+as many from the bottom one fewer, as long as the output error falls, so that the mean stays.
+``spend`` buys bits one step at a time where a bit lowers the error most, up to a budget.
 
 Source: Feng et al., MPQ-DM, arXiv 2412.11549 (kurtosis split); Shoham and Gersho, IEEE TASSP 36,
 1988 (greedy allocation on the convex hull).
@@ -16,6 +17,10 @@ import heapq
 import torch
 from torch import Tensor
 
+from vdqc.base import numerics
+from vdqc.base.rounding import output_error
+from vdqc.base.scheme import QuantSpec
+
 #: Rows that a split moves at a time: one in so many.
 SHARE = 10
 
@@ -26,6 +31,19 @@ def kurtosis(weight: Tensor) -> Tensor:
     variance = centred.square().mean(-1)
     fourth = centred.pow(4).mean(-1)
     return torch.where(variance > 0, fourth / variance.square().clamp_min(1e-300), 0.0)
+
+
+def row_errors(weight: Tensor, spec: QuantSpec | None, moment: Tensor | None) -> Tensor:
+    """float[N]: output error of each row, rounded to nearest over its whole range."""
+    assert spec is not None
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return row_size(wide - numerics.nearest(wide, spec), moment)
+
+
+def row_size(value: Tensor, moment: Tensor | None) -> Tensor:
+    """float[N]: mean square of the output of each row."""
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    return wide.square().sum(-1) if moment is None else output_error(wide.to(moment.dtype), moment)
 
 
 def outlier_split(saliency: Tensor, errors: Tensor, largest: int) -> tuple[Tensor, int]:
