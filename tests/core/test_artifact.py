@@ -25,6 +25,7 @@ from vdqc.engine.pass_manager import PassRecord
 from vdqc.ir import artifact, staging
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.manifest import seal_of
 from vdqc.ir.sample import Sample
 from vdqc.ir.weight_files import write_file, write_weights
 from vdqc.ir.weights import StoredTensor, spill, stored_folder, stored_tensors
@@ -175,7 +176,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], seal: bool = 
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     if seal:
-        manifest["seal"] = artifact._seal(manifest)
+        manifest["seal"] = seal_of(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from vdqc.bisect.search import Outcome, Trial
-from vdqc.ir.artifact import plain
 from vdqc.ir.graph import Graph
+from vdqc.ir.manifest import plain
 
 
 @final

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from vdqc.base.diagnostics import InputError, nearest
 from vdqc.ir import artifact
+from vdqc.ir.manifest import FORMAT_VERSION, MANIFEST
 from vdqc.ir.origin import Origin
 from vdqc.ir.weight_files import Weight, weight_bytes, write_file
 from vdqc.ir.weights import stored_folder
@@ -92,7 +93,7 @@ def configuration(origin: Origin, target: object) -> dict[str, Any]:
             "quant_method": METHOD,
             "dtype": origin.dtype,
             "target": str(target),
-            "format_version": artifact.FORMAT_VERSION,
+            "format_version": FORMAT_VERSION,
         },
     }
 
@@ -115,7 +116,7 @@ def save(
         for name in files:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(found.path / name, place / name)
-        shutil.copyfile(found.path / artifact.MANIFEST, place / artifact.MANIFEST)
+        shutil.copyfile(found.path / MANIFEST, place / MANIFEST)
         _write(place / CONFIG, configuration(found.origin, found.manifest["target"]))
         _write_weights(place, weights, limit)
         artifact.seal(place)

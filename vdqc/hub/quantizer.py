@@ -169,11 +169,11 @@ def complete(folder: Path) -> Path:
     diffusers fetches ``config.json`` and weights from the Hub; the manifest and what it names are
     fetched into the same snapshot of the cache here. Raises ArtifactError for a local folder.
     """
-    from vdqc.ir import artifact
+    from vdqc.ir.manifest import MANIFEST, read_manifest
 
-    if not (folder / artifact.MANIFEST).is_file():
-        fetch(folder, artifact.MANIFEST)
-    manifest = artifact.read_manifest(folder)
+    if not (folder / MANIFEST).is_file():
+        fetch(folder, MANIFEST)
+    manifest = read_manifest(folder)
     for name in manifest.get("files", ()):
         if not (folder / name).exists():
             fetch(folder, name)

@@ -3,7 +3,7 @@
 ::
 
     out/
-      manifest.json         what was done, with the hash of every other file
+      manifest.json         what was done, with the hash of every other file (vdqc.ir.manifest)
       program.json          the program (vdqc.ir.program)
       weights.safetensors   its weights, packed as the program reads them; sharded above 2 GB
       ir/00_captured.txt    the printed IR after each pass
@@ -15,17 +15,12 @@ whatever is not exactly that. Reading never unpickles and never runs code from t
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import functools
-import hashlib
 import json
-import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -39,6 +34,18 @@ from vdqc.ir import program
 from vdqc.ir import staging as _staging
 from vdqc.ir.finished import Finished, Job, link, weight_identity
 from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.manifest import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MANIFEST,
+    check_kind,
+    check_size,
+    damaged,
+    file_hash,
+    read_manifest,
+    seal_of,
+    write_json,
+)
 from vdqc.ir.origin import Origin
 from vdqc.ir.weight_files import (
     Weight,
@@ -50,9 +57,6 @@ from vdqc.ir.weight_files import (
 from vdqc.ir.weights import StoredTensor, stored_folder, stored_tensors
 from vdqc.version import __version__
 
-FORMAT_NAME = "vdqc-artifact"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 PROGRAM = "program.json"
 WEIGHTS = "weights.safetensors"
 
@@ -75,7 +79,7 @@ def staging(out: Path, force: bool = False) -> AbstractContextManager[Path]:
 def is_artifact(folder: Path) -> bool:
     """True if ``folder`` has the manifest of an artifact, of any version, whole or damaged."""
     try:
-        _check_kind(folder, _manifest(folder))
+        check_kind(folder, read_manifest(folder))
     except ArtifactError as error:
         return error.diagnostic.code == "artifact-version"
     return True
@@ -134,7 +138,7 @@ def write(
         "diagnostics": list(diagnostics),
         "facts": facts or {},
     }
-    _write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def write_share(
@@ -170,16 +174,19 @@ def _shard_key(name: str, weights: Mapping[str, Weight]) -> str:
 
 def seal(folder: Path, progress: Progress = _silent) -> None:
     """Add size and hash of every file to the manifest: the last step, also of adding a file."""
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     files = sorted(
         path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST
     )
     manifest["files"] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": file_hash(path),
+        }
         for path in progress(files, "hash")
     }
-    manifest["seal"] = _seal(manifest)
-    _write_json(folder / MANIFEST, manifest)
+    manifest["seal"] = seal_of(manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def _distinct(graph: Graph) -> tuple[dict[str, Weight], dict[str, str]]:
@@ -199,35 +206,6 @@ def _distinct(graph: Graph) -> tuple[dict[str, Weight], dict[str, str]]:
             first[key] = name
             weights[name] = weight
     return weights, tied
-
-
-def _write_json(file: Path, manifest: Mapping[str, Any]) -> None:
-    """Replace ``file`` in one step."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(plain(manifest), indent=1, allow_nan=False) + "\n")
-    os.replace(part, file)
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON: dataclasses as objects, enums and what else has a text as that text.
-
-    A float that is not finite becomes "inf", "-inf" or "nan", which ``float`` reads back.
-    """
-    match value:
-        case enum.Enum():
-            return str(value)
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else str(value)
-        case Mapping():
-            return {str(key): plain(item) for key, item in value.items()}
-        case list() | tuple() | set() | frozenset():
-            return [plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {field.name: plain(getattr(value, field.name)) for field in fields}
-    return str(value)
 
 
 # -- reading --------------------------------------------------------------------------------
@@ -284,108 +262,24 @@ def read(path: Path | str, *, verify: bool = True, progress: Progress = _silent)
     is wrong and what to do, before anything is computed or any weight is read.
     """
     folder = Path(path)
-    manifest = _manifest(folder)
-    _check_kind(folder, manifest)
+    manifest = read_manifest(folder)
+    check_kind(folder, manifest)
     if "files" not in manifest or "seal" not in manifest:
         raise ArtifactError(f"{folder} was never finished", "compile the model again")
-    if manifest["seal"] != _seal(manifest):
-        raise _damaged(f"{folder / MANIFEST} is not the one that was written")
+    if manifest["seal"] != seal_of(manifest):
+        raise damaged(f"{folder / MANIFEST} is not the one that was written")
     for name, entry in manifest["files"].items():
-        _check_size(folder, name, entry)
+        check_size(folder, name, entry)
     if PROGRAM not in manifest["files"]:
-        raise _damaged(f"{folder} has no {PROGRAM}")
+        raise damaged(f"{folder} has no {PROGRAM}")
     for place in _places(folder).values():
         if place.file.relative_to(folder).as_posix() not in manifest["files"]:
-            raise _damaged(f"{place.file} holds weights and is not in the manifest")
+            raise damaged(f"{place.file} holds weights and is not in the manifest")
     if verify:
         for name, entry in progress(list(manifest["files"].items()), "verify"):
-            if _hash(folder / name) != entry["sha256"]:
-                raise _damaged(
-                    f"{folder / name} is not the file that was written: its hash differs"
-                )
+            if file_hash(folder / name) != entry["sha256"]:
+                raise damaged(f"{folder / name} is not the file that was written: its hash differs")
     return Artifact(folder, manifest)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest as it is; raises ArtifactError for a folder without one, of any version."""
-    return _manifest(folder)
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise ArtifactError(
-            f"expected an artifact folder at {folder}, found {found}",
-            "give the folder that vdqc compile wrote",
-        )
-    if not (folder / MANIFEST).is_file():
-        raise _foreign(folder, "it has no manifest.json")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise _damaged(f"{folder / MANIFEST} is not JSON: {error}") from error
-    if not isinstance(manifest, dict):
-        raise _foreign(folder, "its manifest.json is not an object")
-    return manifest
-
-
-def _check_kind(folder: Path, manifest: Mapping[str, Any]) -> None:
-    form = manifest.get("format")
-    if not isinstance(form, dict) or form.get("name") != FORMAT_NAME:
-        raise _foreign(folder, "its manifest.json is another program's")
-    version = form.get("version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{folder} has format version {version}; this vdqc {__version__} reads up to "
-            f"{FORMAT_VERSION}",
-            "upgrade vdqc, or compile the model again with this version",
-            code="artifact-version",
-        )
-
-
-def _check_size(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or "\\" in name or ".." in parts:
-        raise _damaged(f"the manifest names {name!r}, which is not a file of the folder")
-    file = folder / name
-    if not file.is_file():
-        raise _damaged(f"{file} is missing")
-    if not _is_inside(file.resolve(), folder):
-        raise _damaged(f"{file} is a link to another place")
-    size = file.stat().st_size
-    if size != entry["bytes"]:
-        raise _damaged(f"{file} should have {entry['bytes']} bytes, it has {size}")
-
-
-def _is_inside(file: Path, folder: Path) -> bool:
-    """Also true in the Hub's cache, whose snapshots are links to ``blobs`` of the same model."""
-    if file.is_relative_to(folder.resolve()):
-        return True
-    above = [parent for parent in folder.absolute().parents if parent.name == "snapshots"]
-    return bool(above) and file.is_relative_to(above[0].parent.resolve() / "blobs")
-
-
-def _foreign(folder: Path, reason: str) -> ArtifactError:
-    model = (folder / "config.json").is_file() or (folder / "model_index.json").is_file()
-    advice = f"vdqc compile {folder}" if model else "give the folder that vdqc compile wrote"
-    return ArtifactError(f"{folder} is not a vdqc artifact: {reason}", advice)
-
-
-def _damaged(reason: str) -> ArtifactError:
-    return ArtifactError(
-        f"the artifact is damaged: {reason}", "copy it again, or compile the model again"
-    )
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """Hash of everything in the manifest but the seal itself."""
-    content = {key: value for key, value in plain(manifest).items() if key != "seal"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _places(folder: Path) -> dict[str, StoredTensor]:
@@ -395,7 +289,7 @@ def _places(folder: Path) -> dict[str, StoredTensor]:
             return stored_folder(folder)
         return {stored.key: stored for stored in stored_tensors(folder / WEIGHTS)}
     except InputError as error:
-        raise _damaged(error.diagnostic.message) from error
+        raise damaged(error.diagnostic.message) from error
 
 
 def _mapped(places: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:

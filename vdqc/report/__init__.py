@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 
 from vdqc.check_result import CheckResult
-from vdqc.ir.artifact import MANIFEST, Artifact
+from vdqc.ir.artifact import Artifact
+from vdqc.ir.manifest import MANIFEST
 from vdqc.report import errors, frames, layers, masks, program, sites
 from vdqc.report.data import ReportData, report_data
 from vdqc.report.page import Html, figure, page, tag
