@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from vdqc.base import video_mask as masks
+from vdqc.base.best_blocks import best_blocks
 from vdqc.base.block_mask import expand, kept_blocks
 from vdqc.kernels.base import define
 
@@ -79,7 +80,7 @@ def _best_blocks(
     args = (keep, mass, text_rows, always_keys)
     columns = k_means.shape[2]
     if columns > block_mask.MAX_COLUMNS:
-        return masks.best_blocks(q_means, k_means, scale, *args, block)
+        return best_blocks(q_means, k_means, scale, *args, block)
     scores = (q_means.float() @ k_means.float().mT) * scale
     width = columns if mass > 0 else min(columns, max(keep, sum(always_keys) + 1))
     return block_mask.chosen(

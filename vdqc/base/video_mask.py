@@ -20,20 +20,21 @@ room for every block of every row of every static mask.
 Error: none; densities are never exceeded. Where a density cannot be reached at these sizes, a head
 attends to everything.
 Source: Xi et al., Sparse VideoGen, arXiv 2502.01776, sections 4.1 and 4.2 (heads, online choice);
-Zhang et al., Jenga, arXiv 2505.16864, section 3.2 (mass); the masks: ``vdqc.base.mask_policies``.
+masks from sizes: ``vdqc.base.mask_policies``; from queries and keys: ``vdqc.base.best_blocks``.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from vdqc.base.best_blocks import Selection, best_blocks, blocks_per_row, row_width, video_rows
 from vdqc.base.block_mask import (
     BlockMask,
     block_means,
@@ -55,11 +56,6 @@ from vdqc.base.sparsity import MASKS, MaskPolicy
 
 #: Queries whose outputs decide which mask a head gets, online.
 SAMPLED = 64
-#: Densities are whole numbers of these parts, so that sizes are integer arithmetic.
-PARTS = 10_000
-
-#: (q_means, k_means, scale, keep, mass, text_rows, always_keys, block) -> starts, counts, ids
-Selection = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class VideoMask(NamedTuple):
@@ -144,7 +140,8 @@ def video_mask_sizes(
         ids = len(parsed.masks) * (rows + rows * rows)
     else:
         first = batch
-        ids = rows + batch * count * _inner(layout, rows, parsed) * _width(layout, rows, parsed)
+        inner, width = video_rows(layout, rows, parsed), row_width(layout, rows, parsed)
+        ids = rows + batch * count * inner * width
     if parsed.name == "dense":
         first, ids = 1, rows
     mask = [first, count, rows]
@@ -174,7 +171,7 @@ def reachable(layout: Sequence[int], policy: str) -> None:
     if parsed.looks:
         rows = blocks(shape.tokens, parsed.block)
         least = sum(shape.always_keys(parsed.block)) + 1
-        keep = _keep(list(layout), rows, parsed)
+        keep = blocks_per_row(list(layout), rows, parsed)
         if keep < min(least, rows):
             raise InputError(
                 f"a density of {parsed.densities[0]:g} keeps {keep} of {rows} key blocks, expected "
@@ -188,49 +185,6 @@ def as_layout(layout: Sequence[int], policy: MaskPolicy) -> Layout:
     """The five integers as ``Layout``."""
     frames, per_frame, text, first, width = (int(size) for size in layout)
     return Layout(frames, per_frame, text, bool(first), width, min(policy.sinks, frames))
-
-
-def best_blocks(
-    q_means: Tensor,
-    k_means: Tensor,
-    scale: float,
-    keep: int,
-    mass: float,
-    text_rows: list[int],
-    always_keys: list[int],
-    block: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks by the scores of their means: first what is always on, then the best.
-
-    A row keeps ``keep`` blocks at least, and with ``mass`` as many as their probability takes; text
-    rows keep all. The same result as ``vdqc_kernels.block_mask_topk``.
-    """
-    scores = (q_means.float() @ k_means.float().mT) * scale
-    scores = scores.masked_fill(scores.isnan(), float("-inf"))
-    rows, columns = scores.shape[-2:]
-    lead, tail = text_rows
-    inside = scores[..., lead : rows - tail, :]
-    column = torch.arange(columns, device=scores.device)
-    own = torch.arange(lead, rows - tail, device=scores.device)[:, None]
-    always = (column == own) | (column < always_keys[0]) | (column >= columns - always_keys[1])
-    ranked = (
-        inside.masked_fill(always, float("inf")).sort(dim=-1, descending=True, stable=True).indices
-    )
-    count = always.sum(-1).clamp_min(min(keep, columns)).expand(inside.shape[:-1])
-    width = min(columns, max(keep, sum(always_keys) + 1))
-    if mass > 0:
-        width = columns
-        reached = torch.softmax(inside, -1).gather(-1, ranked).cumsum(-1) < mass
-        count = torch.maximum(count, (reached.sum(-1) + 1).clamp_max(columns))
-    spare = torch.arange(width, device=scores.device) >= count[..., None]
-    ids = ranked[..., :width].masked_fill(spare, columns).sort(dim=-1).values.masked_fill(spare, 0)
-    head = scores.shape[:-2]
-    counts = torch.full((*head, rows), columns, dtype=torch.int32, device=scores.device)
-    starts = torch.zeros_like(counts)
-    counts[..., lead : rows - tail] = count
-    line = torch.arange(count.numel(), dtype=torch.int32, device=scores.device)
-    starts[..., lead : rows - tail] = columns + width * line.reshape(count.shape)
-    return starts, counts, torch.cat([column.to(torch.int32), ids.flatten().to(torch.int32)])
 
 
 def reorder(x: Tensor, order: Tensor, index: Tensor) -> Tensor:
@@ -355,50 +309,10 @@ def _chosen(
             block_means(query, policy.block),
             key_means,
             scale,
-            _keep(sizes, rows, policy),
+            blocks_per_row(sizes, rows, policy),
             policy.mass,
             list(layout.text_blocks(policy.block)),
             list(layout.always_keys(policy.block)),
             policy.block,
         )
     return VideoMask(order, order.clone(), index, *mask)
-
-
-def _text_rows(layout: Sequence[Any], block: int) -> tuple[Any, Any]:
-    """``Layout.text_blocks`` in arithmetic that symbolic sizes follow too."""
-    frames, per_frame, text, first, _ = layout
-    if isinstance(text, int) and text == 0:
-        return 0, 0
-    if first:
-        return (text + block - 1) // block, 0
-    video = frames * per_frame
-    return 0, (video + text + block - 1) // block - video // block
-
-
-def _always(layout: Sequence[Any], policy: MaskPolicy) -> tuple[Any, Any]:
-    """``Layout.always_keys``, likewise."""
-    lead, tail = _text_rows(layout, policy.block)
-    if policy.sinks:
-        first = layout[2] if layout[3] else 0
-        sinks = torch.sym_min(policy.sinks, layout[0])
-        lead = (first + sinks * layout[1] + policy.block - 1) // policy.block
-    return lead, tail
-
-
-def _inner(layout: Sequence[Any], rows: Any, policy: MaskPolicy) -> Any:
-    return rows - sum(_text_rows(layout, policy.block))
-
-
-def _keep(layout: Sequence[Any], rows: Any, policy: MaskPolicy) -> Any:
-    """Key blocks per video row, so that all rows together have the density; one at least."""
-    inner = _inner(layout, rows, policy)
-    pairs = rows * rows * round(policy.densities[0] * PARTS) // PARTS
-    inner_or_one = torch.sym_max(inner, 1)
-    return torch.sym_max(1, torch.sym_min(rows, (pairs - (rows - inner) * rows) // inner_or_one))
-
-
-def _width(layout: Sequence[Any], rows: Any, policy: MaskPolicy) -> Any:
-    if policy.mass > 0:
-        return rows
-    always = sum(_always(layout, policy)) + 1
-    return torch.sym_min(rows, torch.sym_max(_keep(layout, rows, policy), always))
