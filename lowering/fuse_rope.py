@@ -49,11 +49,11 @@ from vdqc.kernels.quantize_rows import QUANTIZE_ROWS
 from vdqc.kernels.rope_quantize import ROPE, ROPE_QUANTIZE
 from vdqc.kernels.token_order import TOKEN_ORDER
 from vdqc.kernels.video_mask import VIDEO_MASK
+from vdqc.lowering.operands import only_user
 from vdqc.lowering.rope_forms import (
     Turned,
     complex_product,
     cut_from,
-    only_user,
     partnered,
     readers_past_casts,
     scattered,

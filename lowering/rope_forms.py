@@ -30,6 +30,7 @@ import torch
 from torch import fx
 
 from vdqc.ir.spelling import END
+from vdqc.lowering.operands import only_user
 
 A = torch.ops.aten
 #: Channels of a head that the kernel takes at most.
@@ -316,8 +317,3 @@ def uncast(node: Any) -> Any:
     """``node`` before a cast, if it is one."""
     cast = isinstance(node, fx.Node) and node.target is A._to_copy.default
     return node.args[0] if cast and set(node.kwargs) == {"dtype"} else node
-
-
-def only_user(node: fx.Node) -> fx.Node | None:
-    """Who alone reads ``node``, or None."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
