@@ -38,7 +38,6 @@ from vdqc.base import numerics
 from vdqc.base.branches import alternating_factors, leading_factors
 from vdqc.base.diagnostics import ConfigError, OrderError
 from vdqc.base.rounding import output_error
-from vdqc.base.scheme import QuantSpec
 from vdqc.engine.frame_gains import observed_gains
 from vdqc.engine.moments import input_moments
 from vdqc.engine.pass_manager import Context, Pass, PassResult
@@ -299,14 +298,10 @@ def svd_factors(
             return float(difference.square().sum())
         return float(output_error(difference.to(moment.dtype), moment).sum())
 
-    up, down, used = alternating_factors(wide, rank, lambda w: nearest(w, spec), error, rounds)
+    up, down, used = alternating_factors(
+        wide, rank, lambda w: numerics.nearest(w, spec), error, rounds
+    )
     return up.to(weight.dtype), down.to(weight.dtype), used
-
-
-def nearest(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """``weight`` rounded to nearest over its whole range."""
-    scale, zero_point = numerics.scale_from_range(*numerics.value_range(weight, spec), spec)
-    return numerics.fake_quantize(weight, scale, zero_point, spec)
 
 
 def size_facts(up: Tensor, down: Tensor) -> dict[str, Any]:

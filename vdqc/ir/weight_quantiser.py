@@ -26,7 +26,7 @@ from torch import Tensor, fx
 
 from vdqc.base import numerics
 from vdqc.base.diagnostics import InputError
-from vdqc.base.packing import pack, packed_bytes
+from vdqc.base.packing import pack, stored_bytes
 from vdqc.base.ranges import clipped_range
 from vdqc.base.rounding import per_column
 from vdqc.base.scheme import QuantSpec
@@ -173,7 +173,8 @@ def measured(
     codes: Tensor | None = None,
 ) -> dict[str, Any]:
     """SQNR, bytes and bits of float[N, K] quantised so, perhaps to ``codes`` already."""
-    stored = stored_bytes(weight, scale, zero_point, spec)
+    rows, width = weight.shape
+    stored = stored_bytes(rows, width, spec)
     if codes is None:
         quantised = numerics.by_rows(numerics.fake_quantize, weight, scale, zero_point, spec)
     else:
@@ -188,11 +189,3 @@ def measured(
         "bytes": stored,
         "bits_per_weight": round(8 * stored / weight.numel(), 3),
     }
-
-
-def stored_bytes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> int:
-    """Bytes of the packed codes, float32 scales and one byte a zero point."""
-    rows, width = weight.shape
-    zero_points = zero_point.numel() if zero_point is not None else 0
-    codes = packed_bytes(spec.dtype.bits, width) + spec.planes * packed_bytes(1, width)
-    return rows * codes + 4 * (1 + spec.planes) * scale.numel() + zero_points
