@@ -23,6 +23,7 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
 from sections import (  # noqa: E402
+    WHOLE,
     ablation_section,
     claims_section,
     dense,
@@ -114,7 +115,9 @@ def recipe_page(recipe: NamedRecipe, rows: Sequence[Mapping[str, Any]]) -> str:
         lines += ["", "## What the paper reports", "", recipe.claims]
     lines += ["", "## What we measured", ""]
     own = [row for row in dense(rows) if row["recipe"] == recipe.name]
-    if own:
+    if recipe.name == "quantsparse":
+        lines += [f"The whole recipe is `{WHOLE}` below, on two sizes of one video model."]
+    elif own:
         lines += measured_table(own, dense(rows))
         lines += ["", "All recipes side by side: [README.md](README.md)."]
     else:
