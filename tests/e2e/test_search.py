@@ -13,6 +13,7 @@ from vdqc.engine.named import named
 from vdqc.ir.source import Source, load_source
 from vdqc.search import parse_schemes
 from vdqc.search.budget import Budget
+from vdqc.search.density import check_attention, thin_out
 from vdqc.search.job import Job
 from vdqc.testing.architectures import ARCHITECTURES
 
@@ -99,7 +100,7 @@ def test_a_refusal_writes_nothing(capsys, model_file):
 
 def test_density_needs_frames(job):
     with pytest.raises(InputError, match="no attention spans the frames"):
-        job.check_attention()
+        check_attention(job)
 
 
 @pytest.mark.parametrize(
@@ -125,20 +126,20 @@ def test_a_video_model_folds_and_thins_out(monkeypatch):
     samples, schemes = architecture.samples(), parse_schemes(["w8a8", "w4a8-g16"])
     graph, _ = capture_source(Source(architecture.build(), samples, name="wan"), Diagnostics())
     job = Job("wan", graph, samples, schemes, TARGETS["cpu"], Diagnostics(), 0, lambda i, _: i)
-    job.check_attention()
+    check_attention(job)
     job.measure()
     point, applied = job.choose(floor, True)
     assert applied is not None
     assert applied.bytes == point.bytes
     assert any(way.rotated or way.smoothed for way in point.ways)
     text = "sparsify{{density={:g},budget=calibrated,block=16}}"  # the tiny model has 40 tokens
-    monkeypatch.setattr("vdqc.search.job.sparsify_text", text.format)
-    found = job.thin_out(floor, point, applied)
+    monkeypatch.setattr("vdqc.search.density.sparsify_text", text.format)
+    found = thin_out(job, floor, point, applied)
     assert found is not None
     density, sparse = found
     assert density < 1
     assert applied.error < sparse.error <= floor.floor_error
-    assert job.thin_out(Budget.parse(None, "sqnr=90"), point, applied) is None
+    assert thin_out(job, Budget.parse(None, "sqnr=90"), point, applied) is None
 
 
 def test_convolutions_are_chosen_for_where_they_hold_the_weights(tmp_path):

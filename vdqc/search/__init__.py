@@ -26,7 +26,8 @@ from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source
 from vdqc.lowering.rules import sized_like
 from vdqc.search.budget import Budget
-from vdqc.search.job import Job, Progress, sparsify_text
+from vdqc.search.density import check_attention, sparsify_text, thin_out
+from vdqc.search.job import Job, Progress
 from vdqc.search.results import Applied, Point, SearchResult
 from vdqc.search.sensitivity import spread
 
@@ -74,13 +75,13 @@ def search(
         samples = spread(calls or source.samples, SAMPLES)
         job = Job(source.name, captured, samples, schemes, target, diagnostics, seed, progress)
         if density:
-            job.check_attention()
+            check_attention(job)
         job.check_budget(budget)
         job.measure()
         chosen, applied = job.choose(budget, apply)
         dense, share, after = applied, None, []
         if density and applied is not None:
-            found = job.thin_out(budget, chosen, applied)
+            found = thin_out(job, budget, chosen, applied)
             share, applied = found or (1.0, applied)
             after = [sparsify_text(share)] if found else []
         return SearchResult(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from vdqc.compiler import complete
 from vdqc.engine.named import NamedRecipe
 from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.engine.recipe import Recipe, parse_passes, parse_rule
-from vdqc.engine.video_attention import obstacle, padding
 from vdqc.footprint import stored_bytes
 from vdqc.ir.analysis.roles import CONVOLUTIONS_MATTER, convolution_share, find_roles
 from vdqc.ir.graph import Graph
@@ -43,8 +41,6 @@ from vdqc.text import decibel
 PROBES = 4
 #: Points of the front.
 POINTS = 10
-#: Densities that are tried, the least that keeps the floor is taken.
-DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7)
 #: Choices that are carried out, at most, to reach a floor with the fewest bytes.
 _TRIES = 4
 #: How often a choice is made anew because what folds away depends on neighbours.
@@ -342,49 +338,6 @@ class Job:
             us = sum(c.priced(machine).predicted_us for c in choices if c.site in attention)
             return Applied(error, stored_bytes(graph), us)
 
-    def thin_out(
-        self, budget: Budget, point: Point, dense: Applied
-    ) -> tuple[float, Applied] | None:
-        """The least density of attention over frames that keeps to the budget's floor, carried out.
-
-        None if ``point`` leaves no room for it. Halves ``DENSITIES`` at every try.
-        """
-        low, high = 0, len(DENSITIES)
-        found: tuple[float, Applied] | None = None
-        while low < high and dense.error <= budget.floor_error:
-            middle = (low + high) // 2
-            applied = self._thinned(point, DENSITIES[middle])
-            if applied is not None and applied.error <= budget.floor_error:
-                high, found = middle, (DENSITIES[middle], applied)
-            else:
-                low = middle + 1
-        return found
-
-    def _thinned(self, point: Point, density: float) -> Applied | None:
-        """``point`` at a density; None if the frames of a sample allow no mask so thin."""
-        said = Diagnostics()
-        try:
-            with warnings.catch_warnings(record=True) as warned:
-                warnings.simplefilter("always")
-                applied = self.apply(point, [sparsify_text(density)], said)
-        except InputError as error:
-            if error.diagnostic.code != "density":
-                raise
-            return None
-        # such a call runs, but attends to everything: what was measured then is not the mask
-        dense = any("attends to everything" in str(warning.message) for warning in warned)
-        dense |= any(entry.code == "samples-too-small" for entry in said)
-        return None if dense else applied
-
-    def check_attention(self) -> None:
-        """Raise InputError if no attention can be thinned out, with the reason of the first."""
-        sites = self.graph.sites(kind=SiteKind.ATTENTION)
-        reasons = [obstacle(site, padding(self.graph, site)) for site in sites]
-        if any(not reason for reason in reasons):
-            return
-        first = next((reason[1] for reason in reasons if reason), "the model has none")
-        raise InputError(f"--density: no attention spans the frames of a video: {first}")
-
     def missed(self, budget: Budget, applied: Applied) -> list[str]:
         """What ``applied`` does not reach."""
         limits, found = self.limits(budget), []
@@ -407,8 +360,3 @@ class Job:
             f"{shown('time', point.us, self.account.float_us)}, SQNR {decibel(point.sqnr_db)}"
         )
         return f"{text}; measured {decibel(applied.sqnr_db)}." if applied else f"{text}."
-
-
-def sparsify_text(density: float) -> str:
-    """The pass that thins attention out to ``density``, spent where it saves most error."""
-    return f"sparsify{{density={density:g},budget=calibrated}}"
