@@ -261,7 +261,8 @@ def moments(
             "", "no-samples", "bits are allocated by the errors of weights: there are no samples"
         )
         return [(group, None) for group in groups]
-    return input_moments(graph, ctx.samples, groups, progress=ctx.progress)
+    walk = input_moments(graph, ctx.samples, groups, progress=ctx.progress)
+    return ((group, found.second) for group, found in walk)
 
 
 def _total(table: Tensor, order: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class Split(Pass):
             if (kept := [site for site in group if site.name in wanted])
         ]
         walk = input_moments(graph, ctx.samples, groups, progress=ctx.progress)
-        return [(list(group), moment) for group, moment in walk]
+        return [(list(group), found.second) for group, found in walk]
 
     # behind quant -----------------------------------------------------------------------------
 

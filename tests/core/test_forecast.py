@@ -75,6 +75,8 @@ def test_learning_takes_the_samples_that_select_leaves() -> None:
 
     assert calls("quant") == 0
     assert calls("smooth,quant") == 40
-    assert calls("quant,gptq") == 40
+    assert calls("quant,gptq{sequential=false}") == 40
+    assert calls("quant,gptq") == 80
+    assert calls("quant,gptq{propagate=0.5}") == 120
     assert calls("select{count=10},smooth,quant") == calls("smooth,quant") / 4
     assert calls("smooth,quant,distill{epochs=3}") > 3 * 3 * 40

@@ -10,8 +10,9 @@ from vdqc.base.numerics import relative_error
 from vdqc.engine.moments import input_moments
 from vdqc.ir.graph import Graph
 from vdqc.ir.sample import Sample
-from vdqc.ir.site import SiteKind
-from vdqc.testing.harness import AdaLNBlock, annotated
+from vdqc.ir.site import SiteKind, set_note
+from vdqc.passes.quant import Quant
+from vdqc.testing.harness import AdaLNBlock, annotated, run
 
 
 class Stack(nn.Module):
@@ -62,22 +63,62 @@ def test_moments_are_those_of_all_samples(
     expected = observed(graph, samples)
     found = list(input_moments(graph, samples, graph.groups(), rewritten=rewritten))
     assert {site.name for group, _ in found for site in group} == set(expected)
-    for group, moment in found:
+    for group, moments in found:
+        assert moments.drift is None
         for site in group:
-            assert relative_error(moment, expected[site.name]) < 1e-12
+            assert relative_error(moments.second, expected[site.name]) < 1e-12
 
 
 def test_later_moments_see_earlier_weights(case: tuple[Graph, list[Sample]]) -> None:
     graph, samples = case
     walk = input_moments(graph, samples, graph.groups(), rewritten=True)
-    for group, moment in walk:
+    for group, moments in walk:
         for site in group:
             name = str(site.weight.target)
             graph.set_param(name, graph.param(name) * 0.5)
         if "blocks.1" in group[0].name:
-            seen = moment, group[0].name
+            seen = moments.second, group[0].name
             break
     assert relative_error(seen[0], observed(graph, samples)[seen[1]]) < 1e-12
+
+
+def rows(graph: Graph, samples: list[Sample], name: str) -> Tensor:
+    """float[tokens, K] that a site reads, of all samples."""
+    found: list[Tensor] = []
+    wanted = graph.site(name).input
+    for sample in samples:
+
+        def look(node: object, value: Tensor) -> None:
+            if node is wanted:
+                found.append(value.reshape(-1, value.shape[-1]))
+
+        graph.run_inputs(graph.signature.bind((), sample.inputs), look)
+    return torch.cat(found)
+
+
+def test_the_drift_is_from_the_float_program_to_what_all_weights_before_make(
+    case: tuple[Graph, list[Sample]],
+) -> None:
+    graph, samples = case
+    meant = {
+        site.name: rows(graph, samples, site.name) for site in graph.sites(kind=SiteKind.LINEAR)
+    }
+    for site in graph.sites(kind=SiteKind.LINEAR):
+        set_note(site.node, scheme="w3a4")
+    run(graph, Quant())
+    told: list[str] = []
+    walk = input_moments(graph, samples, graph.groups(), rewritten=True, drift=True)
+    for group, moments in walk:
+        x = rows(graph, samples, group[0].name)  # by the weights as they are by now
+        assert moments.drift is not None
+        expected = (meant[group[0].name] - x).T @ x / len(x)
+        assert relative_error(moments.second, x.T @ x / len(x)) < 1e-12
+        assert relative_error(moments.drift, expected) < 1e-10
+        told += [site.name for site in group]
+        for site in group:  # the way that gptq does it: the quantiser reads another weight
+            halved = graph.set_param(f"{site.name}.halved", graph.evaluate(site.weight) * 0.5)
+            graph.set_operand(site.node, 1, halved)
+    assert set(told) == set(meant)
 
 
 def test_every_node_runs_once_a_sample(

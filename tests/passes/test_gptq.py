@@ -10,7 +10,8 @@ from vdqc.base.rounding import compensated, input_factor
 from vdqc.base.scheme import QuantSpec
 from vdqc.engine.pass_manager import Context
 from vdqc.engine.recipe import parse_passes
-from vdqc.ir.graph import Stage
+from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import set_note
 from vdqc.ir.weight_quantiser import WeightRange
 from vdqc.passes.gptq import Gptq
@@ -141,6 +142,70 @@ def test_later_blocks_see_earlier_rounding() -> None:
     assert numerics.relative_error(graph.param("blocks.1.weight_rounded"), expected) < 1e-10
 
 
+def error(graph: Graph, model: nn.Module, x: Tensor) -> float:
+    """Squared error of the model's output to that of the float model, over its energy."""
+    (out,) = graph.run_inputs([x])
+    return float((out - model(x)).square().mean() / model(x).square().mean())
+
+
+class Deep(nn.Module):
+    """Eight linears, a residual add around each pair: what the first lose, the last inherit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(32, 64) for _ in range(4))
+        self.downs = nn.ModuleList(nn.Linear(64, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a4", "w8a4"])
+def test_what_earlier_weights_lost_is_taken_up(scheme: str) -> None:
+    tokens = 4096  # of 512, eight a channel, whole steps fit more noise than they mend
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model, x = Deep(), correlated(tokens + 512, 32, seed)
+        found = []
+        for propagate in (0.0, 0.5, 1.0):
+            graph = annotated(model, x[:tokens], scheme=scheme)
+            run(graph, Quant(), Gptq(propagate=propagate), ctx=context(x[:tokens], model=model))
+            found.append(error(graph, model, x[tokens:]))  # on what nothing was fitted to
+        assert found[1] < 0.93 * found[0]
+        assert found[2] < 0.93 * found[0]
+
+
+@torch.no_grad()
+def test_a_weight_takes_up_the_quantised_input_by_least_squares() -> None:
+    torch.manual_seed(0)
+    model, x = One(16, 8).double(), correlated(200, 16).double()
+    graph = annotated(model, x, scheme="w8a4")
+    for share in (0.5, 1.0):
+        copy = graph.clone()
+        run(copy, Quant(), Gptq(propagate=share, damping=1e-9), ctx=context(x, model=model))
+        read = FAKE_QUANTIZE(x, None, None, "int4/token/dynamic")
+        best = torch.linalg.lstsq(read, x @ model.fc.weight.T).solution.T
+        expected = model.fc.weight + share * (best - model.fc.weight)
+        # eight bits of the weight are far less than what four of the input cost
+        moved = float((expected - model.fc.weight).norm())
+        assert float((copy.param("fc.weight_rounded") - expected).norm()) < 0.2 * moved
+
+
+def test_where_nothing_was_lost_nothing_is_taken_up() -> None:
+    torch.manual_seed(0)
+    model, x = One(), correlated(40, 16)
+    graph = annotated(model, x, scheme="w3a16")
+    found = []
+    for share in (0.0, 1.0):
+        copy = graph.clone()
+        run(copy, Quant(), Gptq(propagate=share), ctx=context(x, model=model))
+        found.append(copy.param("fc.weight_rounded"))
+    assert torch.equal(*found)
+
+
 @settings(max_examples=4)
 @given(st.integers(0, 2**31), st.sampled_from(["w3a16", "w4a8-g8", "w4a6-asym", "w2a8"]))
 def test_codes_fit_and_scales_stay(seed: int, scheme: str) -> None:
@@ -150,7 +215,8 @@ def test_codes_fit_and_scales_stay(seed: int, scheme: str) -> None:
     graph = annotated(model, *inputs, scheme=scheme)
     run(graph, Quant(), ctx=context(*inputs, model=model))
     before = {name: graph.param(name) for name in graph.param_names() if "scale" in name}
-    run(graph, Gptq(order=bool(seed % 2)), ctx=context(*inputs, model=model))
+    gptq = Gptq(order=bool(seed % 2), propagate=seed % 3 / 2)
+    run(graph, gptq, ctx=context(*inputs, model=model))
     for name, value in before.items():
         assert torch.equal(graph.param(name), value)
     for site in graph.sites("to_*"):
@@ -196,7 +262,12 @@ def test_bad_input() -> None:
     run(graph, Quant())
     with pytest.raises(InputError, match="rounds for the inputs that samples show"):
         run(graph, Gptq())
-    for text in ("gptq{block=0}", "gptq{damping=2}"):
+    for text in (
+        "gptq{block=0}",
+        "gptq{damping=2}",
+        "gptq{propagate=1.5}",
+        "gptq{propagate=0.5,sequential=false}",
+    ):
         with pytest.raises(ConfigError, match="expected"):
             parse_passes(text, PASSES)
     assert str(parse_passes("gptq{order=true}", PASSES)[0]) == "gptq{order=true}"

@@ -7,6 +7,11 @@ by V costs tr((W - V)·H·(W - V)ᵀ) of squared output error a token, one term 
 
     H⁻¹ = Uᵀ·U, U upper        e_j = (w_j - Q(w_j)) / U_jj        w_k -= e_j · U_jk for k > j
 
+Where the inputs x are themselves not what they would be in float, y, the weight can make up for it
+before it is rounded; ``taken_up`` goes the share α of the way to the least squared error of W·y::
+
+    W + α·W·D·H⁻¹        D float[K, K] = mean of (y - x)·xᵀ
+
 The learned rounding chooses between the two neighbours of each weight by logits V float[N, K]::
 
     h(V) = clip(1.2·sigmoid(V) - 0.1, 0, 1)        Wq = s·(floor(W / s) + h(V))
@@ -14,7 +19,7 @@ The learned rounding chooses between the two neighbours of each weight by logits
 Error: a moment that is not positive definite is damped further, up to its own mean diagonal, where
 rounding is nearly to nearest.
 Source: Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1; Nagel et al., AdaRound, arXiv
-2004.10568, equations 22 to 24.
+2004.10568, equations 22 to 24; Arai and Ichikawa, QEP, arXiv 2504.09629 (``taken_up``, its α).
 """
 
 from __future__ import annotations
@@ -80,6 +85,12 @@ def input_factor(moment: Tensor, damping: float = 0.01, *, ordered: bool = False
         share = min(1.0, max(10 * share, 1e-4))
     root = lower.flip(0, 1)
     return InputFactor(torch.linalg.solve_triangular(root, identity, upper=True), order, share)
+
+
+def taken_up(drift: Tensor, factor: InputFactor, share: float) -> Tensor:
+    """float[K, K]: α·D·H⁻¹ of ``drift`` D float[K, K]; W plus W times it is the weight to round."""
+    columns = drift.to(factor.upper.dtype)[:, factor.order]
+    return share * (columns @ factor.upper.T @ factor.upper)[:, factor.order.argsort()]
 
 
 def compensated(
