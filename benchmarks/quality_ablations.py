@@ -14,7 +14,10 @@ RATES = "rate=1e-5,clip_rate=1e-6,branch_rate=1e-5"
 #: The house's rates instead of the paper's, which hardly move a small model in 15 epochs.
 FAST = (f",{RATES}", "")
 MORE = ("smooth{search", "select{method=uniform,count=96},smooth{search")
+#: Weights that do not take up what earlier ones lost: GPTQ as its paper has it.
+PLAIN = ("gptq{propagate=0.5}", "gptq")
 #: AdaRound in place of GPTQ.
+FINISH = "quant{weight_range=mse},gptq{propagate=0.5}"
 ROUNDED = "quant{weight_range=mse,rounding=learned},distill{branch_rate=1e-2,loss=block"
 
 #: By recipe and part: the texts of the pass list that are replaced, and what replaces them.
@@ -57,8 +60,9 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     "searched": {
         "rotation": (("rotate{block=full},", ""),),
         "scale": (("smooth{search=20},", ""),),
-        "rounding": (("quant{weight_range=mse},gptq", f"{ROUNDED}}}"),),
-        "rounding=model": (("quant{weight_range=mse},gptq", f"{ROUNDED},mode=model}}"),),
+        "rounding": ((FINISH, f"{ROUNDED}}}"),),
+        "rounding=model": ((FINISH, f"{ROUNDED},mode=model}}"),),
+        "propagate": (PLAIN,),
     },
     "composed": {
         "search": (("smooth{search=20,learn=true}", "smooth{alpha=0.5,learn=true}"),),
@@ -70,7 +74,8 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "distill": ((",distill{loss=block}", ""),),
         "count=96": (MORE,),
         "loss=std+count=96": (("loss=block", "loss=std"), MORE),
-        "gptq": ((",gptq", ""),),
+        "gptq": ((",gptq{propagate=0.5}", ""),),
+        "propagate": (PLAIN,),
     },
 }
 
