@@ -16,7 +16,7 @@ FAST = (f",{RATES}", "")
 MORE = ("smooth{search", "select{method=uniform,count=96},smooth{search")
 #: Weights that do not take up what earlier ones lost: GPTQ as its paper has it.
 PLAIN = ("gptq{propagate=0.5}", "gptq")
-#: AdaRound in place of GPTQ.
+#: How ``searched`` ends, and AdaRound in its place.
 FINISH = "quant{weight_range=mse},gptq{propagate=0.5}"
 ROUNDED = "quant{weight_range=mse,rounding=learned},distill{branch_rate=1e-2,loss=block"
 

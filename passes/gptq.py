@@ -15,7 +15,7 @@ own have lost. It costs a third forward pass, and the activations of the float m
 of the quantised one; whole steps (1) overfit where samples have few tokens for each channel.
 
 Source: Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1 (1 % damping, blocks of 128 columns);
-Arai and Ichikawa, QEP, arXiv 2504.09629 (``propagate``, their α; they take 1/2).
+Arai and Ichikawa, QEP, arXiv 2504.09629 (``propagate`` is their α).
 Invariant: scales and zero points stay, codes fit their dtype; where inputs are uncorrelated, every
 weight rounds to nearest; where nothing was lost before, ``propagate`` changes nothing.
 Online: nothing.
@@ -142,7 +142,7 @@ class Gptq(Pass):
         site: Site,
         factor: InputFactor,
         moment: Tensor,
-        shift: Tensor | None = None,
+        shift: Tensor | None,
     ) -> tuple[Tensor, float, float]:
         """The rounded weight, its output error to that of rounding to nearest, its SQNR.
 

@@ -76,9 +76,10 @@ def input_moments(
     ]
     walk = _Walk(graph, states)
     exact = _Exact(graph, [dict(state) for state in states]) if drift else None
-    segments = [list(part) for _, part in groupby(groups, lambda g: block_name(g[0].node))]
     if drift:
         segments = [[group] for group in groups]
+    else:
+        segments = [list(part) for _, part in groupby(groups, lambda g: block_name(g[0].node))]
     pending: list[fx.Node] = []
     for segment in progress(segments, "input moments"):
         walk.advance(pending)  # the segment before, as it is by now
