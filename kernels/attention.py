@@ -10,18 +10,24 @@ result             float[B, H, S, E]               dtype of query
 
 On a CPU torch's own attention multiplies at 75 to 90 GFLOP/s a core in every dtype, bfloat16
 matmuls at 400. So scores are computed for a chunk of queries of one head at a time, into a buffer
-that stays in cache: matmul, softmax, matmul. Measured 3.2 times as fast at S = T = 4096, D = 128
-(2.3 at D = 64). Nothing is dropped and no value is approximated except by the rounding of scores to
-bfloat16.
+that stays in cache: matmul, 2^x in place, matmul, division by the sums. No maximum is subtracted:
+bfloat16 has the exponents of float32, so powers of two lose nothing as long as they fit, and the
+sums tell whether they did; a chunk whose sums leave 2^±60 is computed again with torch's softmax.
+Measured on Zen 5, 12 heads of 4096 tokens, milliseconds: D = 128: 311, with torch's softmax 371,
+torch's own 1247; D = 64: 198, 239, 685. Nothing is dropped and no value is approximated except by
+rounding scores and weights to bfloat16.
 
 On a GPU it is torch's own: cuDNN's from sm90 on, which is the fastest there, else FlashAttention.
 
-Error: bfloat16: scores and probabilities rounded once, relative RMS 0.005 against float32 (torch's
-own: 0.003). float32: equal up to the order of sums.
+Error: bfloat16: scores, weights, their sums and both outputs of the division are rounded once:
+relative RMS 0.005 against float32 (torch's own: 0.003). float32: equal up to the order of sums.
 Source: measured on the CPU, reported on GPUs; Rabe and Staats, arXiv 2112.05682 (query chunks).
 """
 
 from __future__ import annotations
+
+import math
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -30,6 +36,11 @@ from torch.nn import functional
 from vdqc.base.target import Target
 from vdqc.kernels.base import FLOAT_FORMAT, AttentionProblem, Cost, define
 
+#: 2^(x log2 e) is e^x.
+LOG2_E = math.log2(math.e)
+#: Sums of powers between these bounds: every weight that counts is a normal number, and so are its
+#: products with values of magnitude 2^-40 to 2^60.
+_LEAST_SUM, _GREATEST_SUM = 2.0**-60, 2.0**60
 #: Bytes of one chunk of scores: small enough for a last-level cache, large enough for full matmuls.
 CHUNK_BYTES = 4 << 20
 #: Fewer scores than this per head are not worth the calls of a chunk.
@@ -52,25 +63,48 @@ def _cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: 
         return attention(query, key, value, mask, scale)
     rows = max(64, CHUNK_BYTES // (keys * query.element_size()) // 64 * 64)
     rows = min(rows, queries)
-    q = (query * scale).reshape(batch * heads, queries, -1)
-    k = key.reshape(batch * heads, keys, -1)
-    v = value.reshape(batch * heads, keys, -1)
     if mask is not None:
         mask = _additive(mask, query.dtype).expand(batch, heads, -1, -1)
-    out = query.new_empty(batch * heads, queries, value.shape[-1])
-    scores = query.new_empty(rows, keys)
     # a query that may attend to nothing gets zeros, as from torch's own attention
     softmax = torch.softmax if mask is None else torch.ops.aten._safe_softmax.default
-    for head in range(batch * heads):
+    out = query.new_empty(batch, heads, queries, value.shape[-1])
+    scores = query.new_empty(rows, keys)
+    for b, h in product(range(batch), range(heads)):
+        k, v = key[b, h].contiguous(), value[b, h].contiguous()
+        fits = True
         for start in range(0, queries, rows):
-            stop = min(start + rows, queries)
-            part = scores[: stop - start]
-            torch.mm(q[head, start:stop], k[head].T, out=part)
-            if mask is not None:
-                own = mask[head // heads, head % heads]
-                part += own if own.shape[0] == 1 else own[start:stop]
-            torch.mm(softmax(part, -1), v[head], out=out[head, start:stop])
-    return out.reshape(batch, heads, queries, -1)
+            chunk = slice(start, min(start + rows, queries))
+            part, result = scores[: chunk.stop - start], out[b, h, chunk]
+            own = None if mask is None else mask[b, h, chunk if mask.shape[2] > 1 else slice(1)]
+            if fits:
+                _score(query[b, h, chunk], k, own, scale, LOG2_E, part)
+                fits = weigh_by_powers(part, v, result) is not None
+            if not fits:  # nor will, probably, the rest of this head
+                _score(query[b, h, chunk], k, own, scale, 1.0, part)
+                torch.mm(softmax(part, -1), v, out=result)
+    return out
+
+
+def _score(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, unit: float, out: Tensor
+) -> None:
+    """Write ``(q kᵀ scale + mask) unit``."""
+    torch.mm(q * (scale * unit), k.T, out=out)
+    if mask is not None:
+        out.add_(mask, alpha=unit)
+
+
+def weigh_by_powers(scores: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor | None:
+    """``softmax(scores ln 2) value``; None if powers of two of these scores do not fit.
+
+    ``scores[..., S, T]`` bfloat16 or float32, overwritten; ``value[..., T, E]``; two or three axes.
+    """
+    weights = torch.exp2(scores, out=scores)
+    sums = weights.sum(-1, keepdim=True)
+    least, greatest = torch.aminmax(sums)
+    if not (float(least) >= _LEAST_SUM and float(greatest) <= _GREATEST_SUM):  # or not a number
+        return None
+    return torch.matmul(weights, value, out=out).div_(sums)
 
 
 def _cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from vdqc.base.block_mask import blocks
+from vdqc.kernels.attention import LOG2_E, weigh_by_powers
 from vdqc.kernels.sparse_operands import check_operands, check_scales
 
 #: Block pairs (of 128 x 128) whose scores and gathered keys and values are held at a time.
@@ -62,7 +63,7 @@ def sparse_attention_cpu(
     batch, heads, queries, width = query.shape
     keys, out_width = key.shape[2], value.shape[3]
     rows, columns = blocks(queries, block_q), blocks(keys, block_k)
-    q = _padded(query * scale, rows * block_q).reshape(batch * heads, rows, block_q, width)
+    q = _padded(query, rows * block_q).reshape(batch * heads, rows, block_q, width)
     k = _padded(key, columns * block_k).reshape(batch * heads, columns, block_k * width)
     v = _padded(value, columns * block_k).reshape(batch * heads, columns, block_k * out_width)
     out = query.new_empty(batch * heads, rows, block_q, out_width)
@@ -75,7 +76,7 @@ def sparse_attention_cpu(
             plan = _groups(starts[at[:2]], counts[at[:2]], ids, lengths[b], block_q, block_k)
             plans[at] = list(plan)
         for group in plans[at]:
-            _attend(q[head], k[head], v[head], out[head], group, block_k)
+            _attend(q[head], k[head], v[head], out[head], group, block_k, scale)
     result = out.reshape(batch, heads, rows * block_q, out_width)[:, :, :queries].contiguous()
     if residual_scale is not None and residual is not None:
         return result.addcmul_(residual.to(result.dtype), residual_scale.to(result.dtype))
@@ -150,7 +151,9 @@ def _groups(
             )
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, group: _Group, block_k: int) -> None:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, group: _Group, block_k: int, scale: float
+) -> None:
     """Write the outputs of one group of query blocks of one head."""
     rows, (_, size, width), out_width = len(group.rows), q.shape, v.shape[-1] // block_k
     near = group.first >= 0
@@ -165,8 +168,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, group: _Group, block_k
     else:
         picked_k = k.index_select(0, group.ids.flatten()).reshape(rows, -1, width)
         picked_v = v.index_select(0, group.ids.flatten()).reshape(rows, -1, out_width)
-    scores = torch.bmm(own, picked_k[:, : group.keys].mT)
-    result = torch.bmm(torch.softmax(scores, -1), picked_v[:, : group.keys])
+    picked_k, picked_v = picked_k[:, : group.keys], picked_v[:, : group.keys]
+    result = weigh_by_powers(torch.bmm(own * (scale * LOG2_E), picked_k.mT), picked_v)
+    if result is None:
+        scores = torch.bmm(own * scale, picked_k.mT)
+        result = torch.bmm(torch.softmax(scores, -1), picked_v)
     result = result.reshape(rows, size, out_width)
     if near:
         out[part] = result

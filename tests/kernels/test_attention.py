@@ -1,10 +1,14 @@
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.base.target import TARGETS
-from vdqc.kernels.attention import ATTENTION, torch_attention_cost
+from vdqc.kernels.attention import ATTENTION, torch_attention_cost, weigh_by_powers
 from vdqc.kernels.base import AttentionProblem, Cost
 from vdqc.kernels.sparse_attention import SPARSE_ATTENTION, SparseAttentionProblem
 
@@ -43,6 +47,53 @@ def test_equals_exact_attention(
     )
     assert found.is_contiguous()
     assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("shift", [-300.0, -41.0, 0.0, 40.0, 60.0, 300.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_range_of_scores_is_right(shift: float, masked: bool) -> None:
+    """Powers of two fit up to about 41; beyond that the softmax does, and only the rows decide."""
+    q, k, v = operands(1, 2, 192, 256, 16, BF16)
+    moved = torch.zeros(1, 2, 192, 1, dtype=BF16)
+    moved[:, 1, 128:] = shift  # scores of some queries of one head
+    q = torch.cat([q, moved], -1)
+    k = torch.cat([k, torch.ones(1, 2, 256, 1, dtype=BF16)], -1)
+    mask = torch.rand(192, 256) > 0.3 if masked else None
+    scale = 1.0
+    found = torch.ops.vdqc_kernels.attention(q, k, v, mask, scale)
+    scores = (q @ k.mT).double()  # rounded, as documented
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    expected = torch.softmax(scores, -1) @ v.double()
+    assert relative_error(found, expected) < TOLERANCE[BF16]
+
+
+@given(
+    st.sampled_from([BF16, torch.float32]),
+    st.floats(-80, 80),
+    st.floats(0, 30),
+    st.integers(0, 2**31),
+)
+def test_powers_give_the_softmax_or_refuse(
+    dtype: torch.dtype, shift: float, spread: float, seed: int
+) -> None:
+    source = torch.Generator().manual_seed(seed)
+    scores = (torch.randn(3, 5, 64, generator=source) * spread + shift).to(dtype)
+    value = torch.randn(3, 64, 8, generator=source).to(dtype)
+    expected = torch.softmax(scores.double() * math.log(2), -1) @ value.double()
+    sums = torch.exp2(scores.double()).sum(-1)
+    found = weigh_by_powers(scores.clone(), value)
+    if found is None:
+        assert sums.min() < 2.0**-59 or sums.max() > 2.0**59
+    else:
+        assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_powers_of_what_is_not_finite_are_refused(bad: float) -> None:
+    scores = torch.zeros(4, 8, dtype=BF16)
+    scores[2] = bad
+    assert weigh_by_powers(scores, torch.ones(8, 2, dtype=BF16)) is None
 
 
 def test_a_query_that_may_attend_to_nothing_gets_zeros() -> None:

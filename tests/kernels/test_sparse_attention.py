@@ -102,6 +102,15 @@ def test_full_mask_is_dense_attention() -> None:
     assert relative_error(found, expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("factor", [1.0, 30.0, 1000.0])
+def test_any_range_of_scores_is_right(factor: float) -> None:
+    """Scores of up to 4, 120 and 4000: powers of two fit everywhere, here and there, nowhere."""
+    q, k, v = operands(1, 2, 256, 256, 16)
+    mask = arguments(random_mask(1, 2, 256, 256, 64, 64, 0.6), 0.25 * factor)
+    expected = sparse_attention(q.double(), k.double(), v.double(), *mask)
+    assert relative_error(OPS.sparse_attention(q, k, v, *mask), expected) < 2e-4
+
+
 def test_where_the_row_lies_and_how_it_is_padded_change_nothing() -> None:
     q, k, v = operands(1, 2, 256, 512, 16)
     kept = torch.rand(1, 2, 4, 8) < 0.5
