@@ -3,22 +3,22 @@
 Operands are those of ``sparse_attention``.
 
 On a CPU the kept key and value blocks of a few query blocks with equally many keys are gathered,
-then matmul, softmax, matmul: the time is proportional to the density, and the buffers stay in
-cache. Measured in bfloat16 on one Zen 4 core (AVX512-BF16, 0.21 TFLOP/s), random blocks of 128,
+then weighed as in ``attention``: the time is proportional to the density, and the buffers stay in
+cache. Measured in bfloat16 on one Zen 5 core (AVX512-BF16, 0.4 TFLOP/s), random blocks of 128,
 milliseconds:
 
 ================== ===== ===== ===== ===== ============== ====================
 heads, tokens, D   100 % 50 %  25 %  10 %  ``attention``  torch's own (dense)
 ================== ===== ===== ===== ===== ============== ====================
-12, 4096, 128      745   381   189   78    701            1210
-12, 4096, 64       427   227   117   51    404            651
-1, 16384, 128      1040  525   255   106   1054           1579
+12, 4096, 128      358   204   107   47    340            1279
+12, 4096, 64       217   117   62    28    193            659
+1, 16384, 128      464   235   119   51    464            1468
 ================== ===== ===== ===== ===== ============== ====================
 
-FlexAttention with the same mask, compiled for the CPU, takes 3.0 to 3.7 times as long.
+FlexAttention with the same mask, compiled for the CPU, took 3.0 to 3.7 times as long on Zen 4.
 
-Error: bfloat16: scores and probabilities rounded once, as in ``attention``; int8: codes times scale
-rounded to the dtype of value. float32: sums in another order.
+Error: bfloat16: that of ``attention``; int8: codes times scale rounded to the dtype of value.
+float32: sums in another order.
 Source: ours, measured.
 """
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from vdqc.base.block_mask import blocks
-from vdqc.kernels.attention import LOG2_E, weigh_by_powers
+from vdqc.kernels.attention import LOG2_E, attend_exp2
 from vdqc.kernels.sparse_operands import check_operands, check_scales
 
 #: Block pairs (of 128 x 128) whose scores and gathered keys and values are held at a time.
@@ -169,7 +169,7 @@ def _attend(
         picked_k = k.index_select(0, group.ids.flatten()).reshape(rows, -1, width)
         picked_v = v.index_select(0, group.ids.flatten()).reshape(rows, -1, out_width)
     picked_k, picked_v = picked_k[:, : group.keys], picked_v[:, : group.keys]
-    result = weigh_by_powers(torch.bmm(own * (scale * LOG2_E), picked_k.mT), picked_v)
+    result = attend_exp2(torch.bmm(own * (scale * LOG2_E), picked_k.mT), picked_v)
     if result is None:
         scores = torch.bmm(own * scale, picked_k.mT)
         result = torch.bmm(torch.softmax(scores, -1), picked_v)

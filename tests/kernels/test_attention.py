@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.base.target import TARGETS
-from vdqc.kernels.attention import ATTENTION, torch_attention_cost, weigh_by_powers
+from vdqc.kernels.attention import ATTENTION, attend_exp2, torch_attention_cost
 from vdqc.kernels.base import AttentionProblem, Cost
 from vdqc.kernels.sparse_attention import SPARSE_ATTENTION, SparseAttentionProblem
 
@@ -82,7 +82,7 @@ def test_powers_give_the_softmax_or_refuse(
     value = torch.randn(3, 64, 8, generator=source).to(dtype)
     expected = torch.softmax(scores.double() * math.log(2), -1) @ value.double()
     sums = torch.exp2(scores.double()).sum(-1)
-    found = weigh_by_powers(scores.clone(), value)
+    found = attend_exp2(scores.clone(), value)
     if found is None:
         assert sums.min() < 2.0**-59 or sums.max() > 2.0**59
     else:
@@ -93,7 +93,7 @@ def test_powers_give_the_softmax_or_refuse(
 def test_powers_of_what_is_not_finite_are_refused(bad: float) -> None:
     scores = torch.zeros(4, 8, dtype=BF16)
     scores[2] = bad
-    assert weigh_by_powers(scores, torch.ones(8, 2, dtype=BF16)) is None
+    assert attend_exp2(scores, torch.ones(8, 2, dtype=BF16)) is None
 
 
 def test_a_query_that_may_attend_to_nothing_gets_zeros() -> None:
