@@ -10,12 +10,10 @@ result             float[B, H, S, E]               dtype of query
 
 On a CPU torch's own attention multiplies at 75 to 90 GFLOP/s a core in every dtype, bfloat16
 matmuls at 400. So scores are computed for a chunk of queries of one head at a time, into a buffer
-that stays in cache: matmul, 2^x in place, matmul, division by the sums. No maximum is subtracted:
-bfloat16 has the exponents of float32, so powers of two lose nothing as long as they fit, and the
-sums tell whether they did; a chunk whose sums leave 2^±60 is computed again with torch's softmax.
-Measured on Zen 5, 12 heads of 4096 tokens, milliseconds: D = 128: 311, with torch's softmax 371,
-torch's own 1247; D = 64: 198, 239, 685. Nothing is dropped and no value is approximated except by
-rounding scores and weights to bfloat16.
+that stays in cache: matmul, 2^x in place, matmul, division by the sums (``exp2_attention``), or
+torch's softmax where powers do not fit. Measured on Zen 5, 12 heads of 4096 tokens, milliseconds:
+D = 128: 311, with torch's softmax 371, torch's own 1247; D = 64: 198, 239, 685. Nothing is dropped
+and no value is approximated except by rounding scores and weights to bfloat16.
 
 On a GPU it is torch's own: cuDNN's from sm90 on, which is the fastest there, else FlashAttention.
 
@@ -26,7 +24,6 @@ Source: measured on the CPU, reported on GPUs; Rabe and Staats, arXiv 2112.05682
 
 from __future__ import annotations
 
-import math
 from itertools import product
 
 import torch
@@ -35,12 +32,8 @@ from torch.nn import functional
 
 from vdqc.base.target import Target
 from vdqc.kernels.base import FLOAT_FORMAT, AttentionProblem, Cost, define
+from vdqc.kernels.exp2_attention import LOG2_E, attend_exp2
 
-#: 2^(x log2 e) is e^x.
-LOG2_E = math.log2(math.e)
-#: Sums of powers between these bounds: every weight that counts is a normal number, and so are its
-#: products with values of magnitude 2^-40 to 2^60.
-_LEAST_SUM, _GREATEST_SUM = 2.0**-60, 2.0**60
 #: Bytes of one chunk of scores: small enough for a last-level cache, large enough for full matmuls.
 CHUNK_BYTES = 4 << 20
 #: Fewer scores than this per head are not worth the calls of a chunk.
@@ -92,19 +85,6 @@ def _score(
     torch.mm(q * (scale * unit), k.T, out=out)
     if mask is not None:
         out.add_(mask, alpha=unit)
-
-
-def attend_exp2(scores: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor | None:
-    """``softmax(scores ln 2) value``; None if powers of two of these scores do not fit.
-
-    ``scores[..., S, T]`` bfloat16 or float32, overwritten; ``value[..., T, E]``; two or three axes.
-    """
-    weights = torch.exp2(scores, out=scores)
-    sums = weights.sum(-1, keepdim=True)
-    least, greatest = torch.aminmax(sums)
-    if not (float(least) >= _LEAST_SUM and float(greatest) <= _GREATEST_SUM):  # or not a number
-        return None
-    return torch.matmul(weights, value, out=out).div_(sums)
 
 
 def _cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from vdqc.base.block_mask import blocks
-from vdqc.kernels.attention import LOG2_E, attend_exp2
+from vdqc.kernels.exp2_attention import LOG2_E, attend_exp2
 from vdqc.kernels.sparse_operands import check_operands, check_scales
 
 #: Block pairs (of 128 x 128) whose scores and gathered keys and values are held at a time.

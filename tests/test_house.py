@@ -23,6 +23,7 @@ LAYERS = [
     (1, ["vdqc.base.scheme"]),
     (2, ["vdqc.base.*"]),
     (3, ["vdqc.ir.ops", "vdqc.kernels.prologue", "vdqc.kernels.sparse_operands"]),
+    (3, ["vdqc.kernels.exp2_attention"]),
     (4, ["vdqc.kernels.gpu.*", "vdqc.kernels.gpu"]),
     (5, ["vdqc.kernels.base", "vdqc.kernels.integer", "vdqc.kernels.quantize_rows"]),
     (5, ["vdqc.kernels.sparse_attention_cpu"]),

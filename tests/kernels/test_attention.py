@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.base.target import TARGETS
-from vdqc.kernels.attention import ATTENTION, attend_exp2, torch_attention_cost
+from vdqc.kernels.attention import ATTENTION, torch_attention_cost
 from vdqc.kernels.base import AttentionProblem, Cost
+from vdqc.kernels.exp2_attention import attend_exp2
 from vdqc.kernels.sparse_attention import SPARSE_ATTENTION, SparseAttentionProblem
 
 BF16 = torch.bfloat16
