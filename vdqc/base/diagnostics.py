@@ -89,6 +89,9 @@ class VdqcError(Exception):
         self.diagnostic = Diagnostic(Severity.ERROR, message, code or self.code, site, notes)
         super().__init__(str(self.diagnostic))
 
+    def __str__(self) -> str:
+        return str(self.diagnostic)  # torch.fx appends a traceback to ``args``
+
 
 class ConfigError(VdqcError):
     """A word the user typed (pass, option, scheme, target, file) is not one vdqc can act on."""
