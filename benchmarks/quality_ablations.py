@@ -10,9 +10,15 @@ from __future__ import annotations
 from vdqc.base.diagnostics import ConfigError
 from vdqc.engine.named import named
 
-RATES = "rate=1e-5,clip_rate=1e-6,branch_rate=1e-5"
-#: The house's rates instead of the paper's, which hardly move a small model in 15 epochs.
-FAST = (f",{RATES}", "")
+#: Steps learned in place of rounding, at the rates of Q-VDiT's released code.
+STEPS = (
+    ("rounding=learned", "step=learned"),
+    ("branch_rate=1e-2", "rate=1e-5,clip_rate=1e-6,branch_rate=1e-5"),
+)
+#: The same, the branches at the house's rate.
+FASTER = (STEPS[0], ("branch_rate=1e-2", "clip_rate=1e-6"))
+#: A branch inside the quantiser of the weight, as the released code has it.
+INNER = ("split{", "split{branch=oolri,placement=inner},split{")
 MORE = ("smooth{search", "select{method=uniform,count=96},smooth{search")
 #: Weights that do not take up what earlier ones lost: GPTQ as its paper has it.
 PLAIN = ("gptq{propagate=0.5}", "gptq")
@@ -26,12 +32,10 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "tqe": (("split{branch=tqe},", ""),),
         "tmd": (("block+100*tmd", "block"),),
         "smooth": (("smooth{alpha=0.11},", ""),),
-        "distill": ((f",distill{{loss=block+100*tmd,{RATES}}}", ""),),
-        "slow": (FAST,),
-        "slow-tqe": (FAST, ("split{branch=tqe},", "")),
-        "slow-tmd": (FAST, ("block+100*tmd", "block")),
-        # the released code has a second branch, inside the quantiser of the weight
-        "slow+inner": (FAST, ("split{", "split{branch=oolri,placement=inner},split{")),
+        "steps": STEPS,
+        "steps=fast": (STEPS[0], (",branch_rate=1e-2", "")),
+        "steps+inner": (*FASTER, INNER),
+        "steps+inner+model": (*FASTER, INNER, ("distill{", "distill{mode=model,")),
     },
     "s2q_vdit": {
         "hsds": (("select{method=salient,count=40},", ""),),

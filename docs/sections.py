@@ -81,6 +81,7 @@ def ablation_section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 part.partition("-")[2] or "nothing",
                 f"{mean(found, 'effective_bits'):.2f}",
                 shown(found, "sqnr_db"),
+                against(found, whole),
                 shown(found, "psnr_db"),
                 shown(found, "accuracy", 3) if found[0].get("accuracy") is not None else "",
                 str(len(found)),
@@ -93,11 +94,20 @@ def ablation_section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "## Part by part",
         "",
         "The recipe with a part taken out or changed: `benchmarks/quality_ablations.py` says how.",
+        "A part that does its work leaves a minus behind *against the recipe*.",
         "",
-        "| model | scheme | part | bits | SQNR, dB | PSNR, dB | accuracy | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | scheme | part | bits | SQNR, dB | against the recipe | PSNR, dB | accuracy "
+        "| seeds |",
+        f"|{' --- |' * 9}",
         *lines,
     ]
+
+
+def against(part: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]]) -> str:
+    """SQNR of ``part`` less that of ``whole``; nothing for the whole itself or if it is missing."""
+    if not whole or part is whole:
+        return ""
+    return f"{mean(part, 'sqnr_db') - mean(whole, 'sqnr_db'):+.1f}".replace("-0.0", "+0.0")
 
 
 def sparsity_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
