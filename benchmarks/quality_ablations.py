@@ -60,6 +60,8 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "planes": (("allocate{method=planes},", ""),),
         "branch": (("split{branch=oolri,placement=inner},", ""),),
         "mtrd": (("block+mtrd", "block"),),
+        "mtrd=0.1": (("block+mtrd", "block+0.1*mtrd"),),
+        "planes+mtrd": (("allocate{method=planes},", ""), ("block+mtrd", "block")),
     },
     "searched": {
         "rotation": (("rotate{block=full},", ""),),
