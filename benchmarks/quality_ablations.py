@@ -13,10 +13,10 @@ from vdqc.engine.named import named
 #: Steps learned in place of rounding, at the rates of Q-VDiT's released code.
 STEPS = (
     ("rounding=learned", "step=learned"),
-    ("branch_rate=1e-2", "rate=1e-5,clip_rate=1e-6,branch_rate=1e-5"),
+    ("tmd}", "tmd,rate=1e-5,clip_rate=1e-6,branch_rate=1e-5}"),
 )
 #: The same, the branches at the house's rate.
-FASTER = (STEPS[0], ("branch_rate=1e-2", "clip_rate=1e-6"))
+FASTER = (STEPS[0], ("tmd}", "tmd,clip_rate=1e-6}"))
 #: A branch inside the quantiser of the weight, as the released code has it.
 INNER = ("split{", "split{branch=oolri,placement=inner},split{")
 MORE = ("smooth{search", "select{method=uniform,count=96},smooth{search")
@@ -24,16 +24,17 @@ MORE = ("smooth{search", "select{method=uniform,count=96},smooth{search")
 PLAIN = ("gptq{propagate=0.5}", "gptq")
 #: How ``searched`` ends, and AdaRound in its place.
 FINISH = "quant{weight_range=mse},gptq{propagate=0.5}"
-ROUNDED = "quant{weight_range=mse,rounding=learned},distill{branch_rate=1e-2,loss=block"
+ROUNDED = "quant{weight_range=mse,rounding=learned},distill{loss=block"
 
 #: By recipe and part: the texts of the pass list that are replaced, and what replaces them.
 ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     "qvdit": {
         "tqe": (("split{branch=tqe},", ""),),
         "tmd": (("block+100*tmd", "block"),),
+        "branch_rate=1e-2": (("tmd}", "tmd,branch_rate=1e-2}"),),
         "smooth": (("smooth{alpha=0.11},", ""),),
         "steps": STEPS,
-        "steps=fast": (STEPS[0], (",branch_rate=1e-2", "")),
+        "steps=fast": (STEPS[0],),
         "steps+inner": (*FASTER, INNER),
         "steps+inner+model": (*FASTER, INNER, ("distill{", "distill{mode=model,")),
     },

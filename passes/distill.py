@@ -64,7 +64,8 @@ class Distill(Pass):
         batch: samples a step; workers share it.
         rate: of transforms.
         clip_rate: of clips and steps.
-        branch_rate: of low-rank branches and learned rounding.
+        branch_rate: of low-rank branches.
+        rounding_rate: of learned rounding.
         decay: weight decay.
         check: epochs between evaluations, among which the best state is chosen.
         patience: evaluations without improvement after which a block is done; 0 for never.
@@ -81,6 +82,7 @@ class Distill(Pass):
     rate: float = 5e-3
     clip_rate: float = 5e-2
     branch_rate: float = 1e-4
+    rounding_rate: float = 1e-2
     decay: float = 0.0
     check: int = 3
     patience: int = 2
@@ -100,7 +102,7 @@ class Distill(Pass):
             value = getattr(self, option)
             if value < least:
                 raise ConfigError(f"distill.{option}: expected at least {least}, got {value}")
-        for option in ("rate", "clip_rate", "branch_rate", "decay"):
+        for option in ("rate", "clip_rate", "branch_rate", "rounding_rate", "decay"):
             value = getattr(self, option)
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"distill.{option}: expected a number from 0, got {value}")
@@ -132,6 +134,7 @@ class Distill(Pass):
             rate=self.rate,
             clip_rate=self.clip_rate,
             branch_rate=self.branch_rate,
+            rounding_rate=self.rounding_rate,
             decay=self.decay,
             check=self.check,
             patience=self.patience,

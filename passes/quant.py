@@ -19,7 +19,7 @@ then are expressions of the weights, so that they follow learned transforms::
     fake_quantize(s·(floor(w / s) + h(@w_rounding)))   h = clip(1.2·sigmoid - 0.1, 0, 1)
 
 The quantiser behind it decides at once and lets gradients straight through, so that no penalty has
-to drive h to 0 or 1 in the end. It starts as rounding to nearest; ``distill{branch_rate=1e-2}``.
+to drive h to 0 or 1 in the end. It starts as rounding to nearest.
 
 Source: Jacob et al., arXiv 1712.05877, equation 1 (uniform quantisation); Banner et al., arXiv
 1810.05723, section 3 (clipping that minimises the squared error); Shao et al., OmniQuant, arXiv

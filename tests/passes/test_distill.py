@@ -68,7 +68,7 @@ def test_training_brings_blocks_closer_and_settles(captured: tuple[Graph, list[S
 def test_rounding_is_learned(captured: tuple[Graph, list[Sample]]) -> None:
     _, before, _ = compiled(captured, "quant{rounding=learned}")
     graph, records, _ = compiled(
-        captured, f"quant{{rounding=learned}},distill{{{QUICK},branch_rate=0.1}},fold"
+        captured, f"quant{{rounding=learned}},distill{{{QUICK},rounding_rate=0.1}},fold"
     )
     assert all(e["best"] < e["start"] for e in records[1].facts["blocks"].values())
     assert records[-1].sqnr_db > before[-1].sqnr_db + 0.2

@@ -43,8 +43,9 @@ class Schedule:
     """How long and how fast.
 
     Attributes:
-        rate, clip_rate, branch_rate: base learning rates of transforms, of clips and steps, and of
-            low-rank branches and rounding, told apart by the last part of a parameter's name.
+        rate, clip_rate, branch_rate, rounding_rate: base learning rates of transforms, of clips and
+            steps, of low-rank branches, and of rounding, told apart by the last part of a
+            parameter's name.
         floor: share of the base rate at the end of the cosine.
         check: epochs between evaluations; the best state is chosen among what was evaluated.
         patience: evaluations without an improvement of 0.1 % before training stops; 0 for never.
@@ -55,6 +56,7 @@ class Schedule:
     rate: float = 5e-3
     clip_rate: float = 5e-2
     branch_rate: float = 1e-4
+    rounding_rate: float = 1e-2
     decay: float = 0.0
     floor: float = 1e-3
     check: int = 3
@@ -96,7 +98,9 @@ class Schedule:
         leaf = name.rpartition(".")[2]
         if "clip" in leaf or "step" in leaf:
             return self.clip_rate
-        return self.branch_rate if leaf.startswith(("branch", "rounding")) else self.rate
+        if leaf.startswith("rounding"):
+            return self.rounding_rate
+        return self.branch_rate if leaf.startswith("branch") else self.rate
 
     def factor(self, step: int, steps: int) -> float:
         """Share of the base rate at a step."""
