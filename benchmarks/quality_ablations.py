@@ -13,10 +13,10 @@ from vdqc.engine.named import named
 #: Steps learned in place of rounding, at the rates of Q-VDiT's released code.
 STEPS = (
     ("rounding=learned", "step=learned"),
-    ("tmd}", "tmd,rate=1e-5,clip_rate=1e-6,branch_rate=1e-5}"),
+    ("branch_rate=1e-3", "rate=1e-5,clip_rate=1e-6,branch_rate=1e-5"),
 )
 #: The same, the branches at the house's rate.
-FASTER = (STEPS[0], ("tmd}", "tmd,clip_rate=1e-6}"))
+FASTER = (STEPS[0], ("branch_rate=1e-3", "clip_rate=1e-6"))
 #: A branch inside the quantiser of the weight, as the released code has it.
 INNER = ("split{", "split{branch=oolri,placement=inner},split{")
 MORE = ("smooth{search", "select{method=uniform,count=96},smooth{search")
@@ -31,10 +31,11 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     "qvdit": {
         "tqe": (("split{branch=tqe},", ""),),
         "tmd": (("block+100*tmd", "block"),),
-        "branch_rate=1e-2": (("tmd}", "tmd,branch_rate=1e-2}"),),
+        "branch_rate=1e-2": (("1e-3", "1e-2"),),
+        "branch_rate=1e-4": (("1e-3", "1e-4"),),
         "smooth": (("smooth{alpha=0.11},", ""),),
         "steps": STEPS,
-        "steps=fast": (STEPS[0],),
+        "steps=fast": (STEPS[0], (",branch_rate=1e-3", "")),
         "steps+inner": (*FASTER, INNER),
         "steps+inner+model": (*FASTER, INNER, ("distill{", "distill{mode=model,")),
     },
