@@ -115,7 +115,8 @@ def jobs(
                 if not quantised and scheme != options.schemes.split(",")[0]:
                     continue
                 for density in densities if is_sparse(recipe) else [1.0]:
-                    job = {"model": model, "recipe": Path(recipe).stem, "density": density}
+                    name = Path(recipe).name.removesuffix(".toml")  # a part may hold a dot
+                    job = {"model": model, "recipe": name, "density": density}
                     job |= {"scheme": scheme if quantised else "none", "seed": seed, "file": recipe}
                     if options.again or key_of(job) not in there:
                         yield job

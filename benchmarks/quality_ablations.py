@@ -61,9 +61,11 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     "mpq_dmv2": {
         "planes": (("allocate{method=planes},", ""),),
         "branch": (("split{branch=oolri,placement=inner},", ""),),
-        "mtrd": (("block+mtrd", "block"),),
-        "mtrd=0.1": (("block+mtrd", "block+0.1*mtrd"),),
-        "planes+mtrd": (("allocate{method=planes},", ""), ("block+mtrd", "block")),
+        "mtrd": (("block+0.1*mtrd", "block"),),
+        # the weight that this recipe had first
+        "mtrd=1": (("0.1*mtrd", "mtrd"),),
+        "mtrd=1-planes": (("0.1*mtrd", "mtrd"), ("allocate{method=planes},", "")),
+        "mtrd=1-branch": (("0.1*mtrd", "mtrd"), ("split{branch=oolri,placement=inner},", "")),
     },
     "searched": {
         "rotation": (("rotate{block=full},", ""),),
