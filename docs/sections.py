@@ -31,11 +31,14 @@ def claims_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "Each paper's recipe against the best of the baselines in its own tables that has no more",
         "effective bits, on the kind of model it is made for (`benchmarks/quality_claims.py`).",
         "*Level*: within both spreads over seeds; one seed has no spread. Parts that fail stand on",
-        "the recipe's page, part by part.",
+        "the recipe's page, part by part. *Removed* is the share of that baseline's error power",
+        "that the recipe takes away; beside it the share of the loss against 16 bits that the",
+        "paper's figures take from the best baseline there, in the paper's own measure.",
         "",
         "| recipe | model | scheme | bits | SQNR, dB | seeds | best baseline | bits | SQNR, dB "
-        "| seeds | margin, dB | found | more bits, and better | not measured |",
-        f"|{' --- |' * 14}",
+        "| seeds | margin, dB | found | removed | the paper | more bits, and better "
+        "| not measured |",
+        f"|{' --- |' * 16}",
     ]
     for verdict in found:
         own, best = verdict.own, verdict.best
@@ -49,11 +52,22 @@ def claims_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             *cell_texts(best),
             f"{verdict.margin:+.1f}",
             verdict.word,
+            f"{verdict.removed:.0%}",
+            published_text(verdict),
             ", ".join(richer),
             ", ".join(verdict.missing),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def published_text(verdict: Verdict) -> str:
+    """The paper's own margin at this scheme; nothing where it has none."""
+    paper = verdict.claim.published.get(verdict.scheme)
+    if paper is None:
+        return ""
+    figures = f"{paper.own:g}, {paper.baseline} {paper.best:g}, 16 bits {paper.full:g}"
+    return f"{paper.removed:.0%} ({paper.measure}: {figures})"
 
 
 def cell_texts(cell: Cell) -> list[str]:

@@ -103,7 +103,7 @@ def test_a_claim_holds_beyond_both_spreads(own: tuple[float, ...], word: str) ->
     rows = measured("quantvggt", *own) + measured("quarot", 25.2, 25.8) + measured("rtn", 23.9)
     (found,) = verdicts(rows)
     assert (found.best.recipe, found.word) == ("quarot", word)
-    assert (found.missing, found.richer) == (("smoothquant", "gptq"), ())
+    assert (found.missing, found.richer) == (("smoothquant", "gptq", "awq"), ())
     assert (found.own.seeds, found.best.seeds) == (2, 2)
     assert found.best.spread == pytest.approx(0.3)
 
@@ -119,3 +119,12 @@ def test_claims_are_judged_at_equal_bits() -> None:
 def test_claims_name_recipes() -> None:
     for claim in CLAIMS:
         assert {claim.recipe, *claim.against} <= set(named_recipes())
+        assert set(claim.published) <= set(claim.schemes)
+        assert {paper.baseline for paper in claim.published.values()} <= set(claim.against)
+
+
+def test_margins_of_papers_and_of_rows_are_shares_of_what_baselines_lose() -> None:
+    (found,) = verdicts(measured("quantvggt", 30.0) + measured("quarot", 20.0))
+    assert found.removed == pytest.approx(0.9)
+    paper = found.claim.published["w4a4"]
+    assert paper.removed == pytest.approx((88.2 - 81.6) / (90.0 - 81.6))
