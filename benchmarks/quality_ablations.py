@@ -22,6 +22,8 @@ INNER = ("split{", "split{branch=oolri,placement=inner},split{")
 MORE = ("smooth{search", "select{method=uniform,count=96},smooth{search")
 #: Weights that do not take up what earlier ones lost: GPTQ as its paper has it.
 PLAIN = ("gptq{propagate=0.5}", "gptq")
+#: How ``searched`` begins: rotation, then scale.
+TURNED = "rotate{block=full},smooth{search=20},"
 #: How ``searched`` ends, and AdaRound in its place.
 FINISH = "quant{weight_range=mse},gptq{propagate=0.5}"
 ROUNDED = "quant{weight_range=mse,rounding=learned},distill{loss=block"
@@ -70,6 +72,7 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     "searched": {
         "rotation": (("rotate{block=full},", ""),),
         "scale": (("smooth{search=20},", ""),),
+        "order": ((TURNED, "smooth{search=20},rotate{block=full},"),),
         "rounding": ((FINISH, f"{ROUNDED}}}"),),
         "rounding=model": ((FINISH, f"{ROUNDED},mode=model}}"),),
         "propagate": (PLAIN,),
