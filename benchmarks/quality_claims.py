@@ -55,7 +55,7 @@ class Claim:
 #: Effective bits that count as equal.
 SLACK = 0.1
 VIDEO = ("smoothquant", "quarot", "vidit_q", "qdit", "ptq4dit")
-#: Tables 1 of QuantVGGT (20 frames), S2Q-VDiT (CogVideoX-2B) and Q-VDiT (Open-Sora).
+#: QuantVGGT with 20 frames, S2Q-VDiT on CogVideoX-2B, Q-VDiT on Open-Sora.
 AUC, QUALITY = "AUC@30 on CO3Dv2", "imaging quality, VBench"
 CLAIMS = (
     Claim(

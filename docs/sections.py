@@ -89,7 +89,7 @@ FINDINGS = {
     ),
     "mpq_dm": (
         "The branch inside the quantiser does the work. Rows of mixed widths and the relation loss",
-        "earn a tenth of a decibel at most: this UNet has few rows with outliers.",
+        "earn a tenth of a decibel at most on this UNet.",
     ),
     "mpq_dmv2": (
         "As in MPQ-DM the branch does the work. Binary planes earn nothing at three bits, where a",
@@ -98,7 +98,7 @@ FINDINGS = {
     ),
     "quantvggt": (
         "Rotation, scale, clips and distillation earn 1 to 3 dB each. The choice of samples earns",
-        "nothing here: all scenes come from one generator, and none is an outlier.",
+        "nothing here, where all scenes come from one generator.",
     ),
     "searched": (
         "Scale in front of the rotation (`order`) holds where channels have outliers, is level on",
