@@ -1,5 +1,6 @@
 """The quality table's own parts: ablations that fit their recipes, and what is computed once."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ def test_a_variant_of_sparsity_is_a_recipe(name: str, tmp_path: Path) -> None:
 def test_short_forms_stand_for_all() -> None:
     assert list(quality.spelled(["rtn", "qvdit-*"])) == ["rtn", *names("qvdit")]
     assert list(quality.spelled(["sparsity"])) == list(VARIANTS)
+
+
+def test_rows_carry_the_whole_name_of_a_part_or_a_file() -> None:
+    options = argparse.Namespace(
+        recipes="mpq_dmv2-mtrd=0.1,own/mine.toml", schemes="w3a6", densities="1", seeds="0", again=0
+    )
+    found = [job["recipe"] for job in quality.jobs(options, "unet", [])]
+    assert found == ["mpq_dmv2-mtrd=0.1", "mine"]
 
 
 def model() -> nn.Module:
