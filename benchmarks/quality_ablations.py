@@ -22,8 +22,10 @@ INNER = ("split{", "split{branch=oolri,placement=inner},split{")
 MORE = ("smooth{search", "select{method=uniform,count=96},smooth{search")
 #: Weights that do not take up what earlier ones lost: GPTQ as its paper has it.
 PLAIN = ("gptq{propagate=0.5}", "gptq")
-#: How ``searched`` begins: rotation, then scale.
-TURNED = "rotate{block=full},smooth{search=20},"
+#: How ``searched`` begins: a rotation between two scales.
+TURNED = "smooth{search=20},rotate{block=full},smooth{search=20},"
+#: The scale behind alone, as this recipe had it first.
+BEHIND = (TURNED, "rotate{block=full},smooth{search=20},")
 #: How ``searched`` ends, and AdaRound in its place.
 FINISH = "quant{weight_range=mse},gptq{propagate=0.5}"
 ROUNDED = "quant{weight_range=mse,rounding=learned},distill{loss=block"
@@ -70,11 +72,13 @@ ABLATIONS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         "mtrd=1-branch": (("0.1*mtrd", "mtrd"), ("split{branch=oolri,placement=inner},", "")),
     },
     "searched": {
-        "rotation": (("rotate{block=full},", ""),),
-        "scale": (("smooth{search=20},", ""),),
-        "order": ((TURNED, "smooth{search=20},rotate{block=full},"),),
-        "rounding": ((FINISH, f"{ROUNDED}}}"),),
-        "rounding=model": ((FINISH, f"{ROUNDED},mode=model}}"),),
+        "rotation": ((TURNED, "smooth{search=20},"),),
+        "scales": ((TURNED, "rotate{block=full},"),),
+        "front": (BEHIND,),
+        "front+propagate": (BEHIND, PLAIN),
+        "front+rounding": (BEHIND, (FINISH, f"{ROUNDED}}}")),
+        "front+rounding=model": (BEHIND, (FINISH, f"{ROUNDED},mode=model}}")),
+        "behind": ((TURNED, "smooth{search=20},rotate{block=full},"),),
         "propagate": (PLAIN,),
     },
     "composed": {

@@ -7,8 +7,9 @@
 
 (x·diag(s)⁻¹)·(W·diag(s))ᵀ = x·Wᵀ, with s_j = max|x_j|^alpha / max|W_j|^(1 - alpha) per input
 channel j, the maximum of the weights taken over all peers. Behind ``rotate`` these are the rotated
-channels (dual smoothing); either order works. ``learn=true`` leaves log s free for ``distill``, and
-the graph computes e^-s and its inverse.
+channels (dual smoothing); ``smooth,rotate,smooth`` scales both, the first so that a channel of
+outliers does not fill the others of its rotation, the second what the rotation left uneven.
+``learn=true`` leaves log s free for ``distill``, and the graph computes e^-s and its inverse.
 
 ``form=activation`` takes s_j = mean|x_j|^alpha, which protects the weights of salient channels and
 serves weights alone too. ``search=20`` tries alpha = 0, 1/20, ... 19/20 for each group and keeps
@@ -17,9 +18,10 @@ what changes the group's outputs least, both operands quantised as the schemes s
 Source: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4; Feng et al., QuantVGGT, arXiv
 2509.21302, section 3.2 (scale behind a rotation, learned); Lin et al., AWQ, arXiv 2306.00978,
 equations 4 and 5 (mean magnitude, grid of 20).
-Invariant: the function of the graph is unchanged. Scales are positive and finite; a channel that is
-zero on either side keeps scale 1. In half precision they are powers of two, so that multiplying and
-dividing by them rounds nothing (within a factor sqrt(2) of equation 4), unless they are learned.
+Invariant: the function of the graph is unchanged. A group is scaled once on either side of its
+rotation. Scales are positive and finite; a channel that is zero on either side keeps scale 1. In
+half precision they are powers of two, so that multiplying and dividing by them rounds nothing
+(within a factor sqrt(2) of equation 4), unless they are learned.
 Online: one multiply per group, which ``fold`` removes where a norm, a modulation or a linear
 above can carry it, and which kernels fuse into the quantiser where none can.
 """
@@ -194,15 +196,20 @@ class PlannedSmooth(Pass):
 
 
 def matches(group: Sequence[Site], ctx: Context, *, form: Form = Form.BALANCED) -> bool:
-    """True if ``group`` was not smoothed before and reads what ``form`` needs quantised."""
+    """True if ``group`` reads what ``form`` needs quantised, and no scale of these channels yet."""
     name = group[0].name
-    if any("smoothed" in note(site.node) for site in group):
+    if any(frame(site) in note(site.node).get("smoothed", ()) for site in group):
         ctx.diagnostics.remark(name, "already-smoothed", "its input is smoothed already")
         return False
     if form is Form.BALANCED and all(specs(site)[1] is None for site in group):
         ctx.diagnostics.remark(name, "not-smoothed", "its activations stay in float")
         return False
     return True
+
+
+def frame(site: Site) -> str:
+    """Which channels ``site`` reads now: ``plain``, or ``rotated`` behind a rotation."""
+    return "rotated" if "rotated" in note(site.node) else "plain"
 
 
 def smoothing_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
@@ -254,12 +261,13 @@ def representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def rewrite(graph: Graph, group: Sequence[Site], scale: Tensor) -> None:
     """Divide the input that ``group`` shares by ``scale`` and multiply each weight by it."""
-    inverse = graph.set_param(param_name(group[0], "smooth_inverse"), 1 / scale)
-    param = graph.set_param(param_name(group[0], "smooth"), scale)
+    name = scale_name(group)
+    inverse = graph.set_param(f"{name}_inverse", 1 / scale)
+    param = graph.set_param(name, scale)
     feed(graph, group, aten.mul.Tensor, inverse)
     for site in group:
         wrap_weight(graph, site, aten.mul.Tensor, param)
-        set_note(site.node, smoothed=True)
+        _mark(site)
 
 
 def rewrite_learned(graph: Graph, group: Sequence[Site], scale: Tensor) -> None:
@@ -269,8 +277,7 @@ def rewrite_learned(graph: Graph, group: Sequence[Site], scale: Tensor) -> None:
     """
     first, dtype = group[0].node, group[0].weight.meta["val"].dtype
     wide = parameter_dtype(dtype)
-    name = param_name(group[0], "smooth")
-    param = graph.set_param(name, scale.cpu().to(wide).log(), free=True)
+    param = graph.set_param(scale_name(group), scale.cpu().to(wide).log(), free=True)
     negative = graph.call(aten.neg.default, param, before=first)
     inverse = graph.call(aten.exp.default, negative, before=first)
     inverse = cast(graph, inverse, dtype, first)
@@ -280,7 +287,17 @@ def rewrite_learned(graph: Graph, group: Sequence[Site], scale: Tensor) -> None:
     for site in group:
         product = wrap_weight(graph, site, aten.mul.Tensor, factor)
         graph.set_operand(site.node, 1, cast(graph, product, dtype, site.node))
-        set_note(site.node, smoothed=True)
+        _mark(site)
+
+
+def scale_name(group: Sequence[Site]) -> str:
+    """The parameter that holds the scale: ``smooth``, or ``smooth_behind`` if one stands before."""
+    earlier = any("smoothed" in note(site.node) for site in group)
+    return param_name(group[0], "smooth_behind" if earlier else "smooth")
+
+
+def _mark(site: Site) -> None:
+    set_note(site.node, smoothed=[*note(site.node).get("smoothed", ()), frame(site)])
 
 
 def specs(site: Site) -> tuple[QuantSpec | None, QuantSpec | None]:

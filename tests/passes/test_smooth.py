@@ -108,15 +108,26 @@ def test_leaves_alone_what_it_need_not_smooth() -> None:
     ]
 
 
-@settings(max_examples=4)
-@given(models(), st.floats(0.0, 1.0), st.booleans())
-def test_smoothing_keeps_the_function_in_either_order(
-    case: tuple[nn.Module, list[Tensor]], alpha: float, rotate_first: bool
+@settings(max_examples=6)
+@given(models(), st.floats(0.0, 1.0), st.sampled_from(["rs", "sr", "srs"]))
+def test_smoothing_keeps_the_function_in_any_order(
+    case: tuple[nn.Module, list[Tensor]], alpha: float, order: str
 ) -> None:
     model, inputs = case
-    passes = [Rotate(block=8), Smooth(alpha)] if rotate_first else [Smooth(alpha), Rotate(block=8)]
+    passes = [Rotate(block=8) if letter == "r" else Smooth(alpha) for letter in order]
     graph = assert_equivalent(model, inputs, *passes)
     assert "smooth_inverse" in str(graph)
+    assert ("smooth_behind_inverse" in str(graph)) == (order == "srs")
+
+
+def test_a_group_is_smoothed_once_on_either_side_of_its_rotation() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(5, 16)
+    graph = annotated(model, x)
+    ctx = context(x, model=model)
+    run(graph, Smooth(), Rotate(block=16), Smooth(), Smooth(), ctx=ctx)
+    assert remarks(ctx) == [("0", "already-smoothed")]
+    for name in ("0.smooth", "0.smooth_behind"):
+        assert not torch.equal(graph.param(name), torch.ones(16))
 
 
 def test_half_precision_is_exact() -> None:
