@@ -91,7 +91,7 @@ def build(wan: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 @torch.no_grad()
 def test_in_float_it_is_the_merged_model(wan, build):
-    model = build("rotate,smooth", "cpu")
+    model = build("smooth,rotate,smooth", "cpu")
     first, second = adapter(wan, 1), adapter(wan, 2, "")
     expected = merged(wan, (first, 1.0))(**CALL).sample
     plain = model(**CALL).sample

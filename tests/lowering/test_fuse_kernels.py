@@ -74,15 +74,19 @@ def test_gates_and_activations_end_up_in_the_linear() -> None:
     assert [node.meta["val"].dtype for node in linears] == [torch.bfloat16] * len(linears)
 
 
-def test_rotation_and_smoothing_join_the_quantiser() -> None:
+@pytest.mark.parametrize("behind", [False, True], ids=["scale in front", "scales on both sides"])
+def test_rotation_and_smoothing_join_the_quantiser(behind: bool) -> None:
     graph, sample = HELP.wan(torch.float32)
     context = Context([sample], rules=())
-    PassManager([Annotate(), Smooth(), Rotate(), Quant()], probe=False).run(graph, context)
+    passes = [Annotate(), Smooth(), Rotate(), *([Smooth()] if behind else []), Quant()]
+    PassManager(passes, probe=False).run(graph, context)
     compressed = output(graph, sample)
     lower(graph, TARGETS["sm90"], Diagnostics())
     assert not calls(graph, "kernels.rotation")
     fused = calls(graph, "fused_quantize")
     assert {node.args[10] for node in fused} != {0}  # Hadamard blocks
+    assert all(node.args[8] is not None for node in fused)
+    assert all((len(node.args) > 14) == behind for node in fused if node.args[10])
     assert relative_error(output(graph, sample), compressed) < 1e-3
 
 

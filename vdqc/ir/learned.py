@@ -6,7 +6,7 @@ the graph compute the value that it stands for, so that any gradient step leaves
 =================== ============================================ ==========================
 parameter           value                                        at its start
 =================== ============================================ ==========================
-``.smooth``         scale = exp(p), positive                     log of the calibrated scale
+``.smooth*``        scale = exp(p), positive                     log of the calibrated scale
 ``.*_clip``         ratio = sigmoid(p), in (0, 1)                4.0: ratio 0.982
 ``.*_step``         step = exp(p) times the one of the range     0.0
 ``.rotation_*``     see ``learned_factor``                       0: the start matrix itself
