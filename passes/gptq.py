@@ -43,6 +43,10 @@ from vdqc.ir.site import Site
 #: Widest moment that is factored in float64; wider ones keep their dtype, at half the memory.
 WIDE = 4096
 
+#: Tokens for each channel below which what weights take up fits the samples, not the model: at 8
+#: whole steps gained nothing on inputs that were not seen (a chain of linears, W8A4).
+ENOUGH = 8
+
 
 @final
 @dataclass(frozen=True)
@@ -124,6 +128,14 @@ class Gptq(Pass):
                 )
             shift = None
             if moments.drift is not None:
+                if moments.tokens < ENOUGH * len(moment):
+                    ctx.diagnostics.remark(
+                        group[0].name,
+                        "few-tokens",
+                        f"{moments.tokens} tokens to learn from for {len(moment)} channels: "
+                        f"propagate={self.propagate:g} fits the samples below {ENOUGH} a channel; "
+                        "give more samples, or propagate less",
+                    )
                 shift = taken_up(moments.drift, factor, self.propagate)
             for site in group:
                 rounded, ratio, sqnr = self.rounded(graph, site, factor, wide, shift)

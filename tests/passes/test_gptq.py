@@ -281,3 +281,12 @@ def test_dependent_inputs_are_damped_with_a_remark() -> None:
     run(graph, Quant(), Gptq(damping=0.0), ctx=ctx)
     assert [entry.code for entry in ctx.diagnostics] == ["moment-damped"]
     assert bool(graph.param("fc.weight_rounded").isfinite().all())
+
+
+@pytest.mark.parametrize(("tokens", "codes"), [(127, ["few-tokens"]), (128, [])])
+def test_few_tokens_for_what_weights_take_up_are_remarked(tokens: int, codes: list[str]) -> None:
+    model, x = One(), correlated(tokens, 16)
+    graph, ctx = annotated(model, x, scheme="w4a4"), context(x, model=model)
+    run(graph, Quant(), Gptq(propagate=0.5), ctx=ctx)
+    assert [entry.code for entry in ctx.diagnostics] == codes
+    assert "127 tokens to learn from for 16 channels" in str([*ctx.diagnostics]) or not codes

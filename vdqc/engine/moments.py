@@ -47,10 +47,12 @@ class InputMoments:
         second: float[K, K], mean of x·xᵀ.
         drift: float[K, K], mean of (y - x)·xᵀ where y is what the program in float has in place
             of x; None if it was not asked for.
+        tokens: how many rows both are means of.
     """
 
     second: Tensor
     drift: Tensor | None = None
+    tokens: int = 0
 
 
 @torch.no_grad()
@@ -115,6 +117,7 @@ def _moments(
         node: InputMoments(
             seconds[node] / max(1, counts[node]),
             drifts[node] / max(1, counts[node]) if node in drifts else None,
+            counts[node],
         )
         for node in inputs
     }
