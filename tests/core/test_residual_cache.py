@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vdqc.base import residual
 from vdqc.base.diagnostics import ConfigError, InputError
 from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.base.residual import (
@@ -179,6 +180,16 @@ def test_stores_keep_what_they_promise(
     counted = policy.nbytes(base.numel(), 24, 8, 4)
     assert now.nbytes <= counted
     assert before.nbytes <= now.nbytes
+
+
+def test_what_is_on_the_host_is_compared_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors stand for a GPU's: they too refuse an operand on the CPU."""
+    monkeypatch.setattr(residual, "_on_host", lambda value: torch.zeros(value.shape))
+    policy = CachePolicy(store=Store.HOST)
+    before = Residual.of(policy, torch.empty(SHAPE, device="meta"), None, 0)
+    now = Residual.of(policy, torch.empty(SHAPE, device="meta"), before, 5)
+    assert now.left is not None
+    assert [now.kept[0].device.type, now.left.device.type] == ["cpu", "meta"]
 
 
 def test_branches_do_not_share() -> None:

@@ -151,7 +151,8 @@ class Residual:
         """The residual at a refresh, ``span`` steps after ``before`` was one."""
         left = right = None
         if policy.second and before is not None:
-            left, right = low_rank(now - before.at_refresh(policy), policy.rank)
+            earlier = before.at_refresh(policy).to(now.device)  # from the host, where it is kept
+            left, right = low_rank(now - earlier, policy.rank)
         found = Residual(_stored(policy, now), left, right, 0.0, max(1, span), now.dtype)
         return found if policy.extrapolation is Extrapolation.LINEAR else found._at(policy, 1.0)
 
