@@ -200,8 +200,8 @@ class Allocate(Pass):
         counts = torch.tensor([float(site.weight.meta["val"].numel()) for site in sites])
         widths = torch.arange(self.low, self.high + 1).double()
         before = torch.tensor([float(spec_of(site).bits) for site in sites])
-        mean = float((before * counts).sum() / counts.sum())
-        budget = mean if self.budget is None else self.budget
+        given = float((before * counts).sum() / counts.sum())
+        budget = given if self.budget is None else self.budget
         choice = spend(errors, widths[:, None] * counts, budget * float(counts.sum()))
         if choice is None:
             raise InputError(
@@ -218,6 +218,7 @@ class Allocate(Pass):
                 "relative_error": float(f"{float(column[way]):.3g}"),
             }
             set_note(site.node, scheme=text)
+        mean = float((widths[choice] * counts).sum() / counts.sum())
         return PassResult(len(sites), {"allocated": facts, "mean_bits": round(mean, 3)})
 
     def width_errors(self, graph: Graph, site: Site, moment: Tensor | None) -> Tensor:

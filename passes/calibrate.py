@@ -90,7 +90,7 @@ class Calibrate(Pass):
                 chosen[name] = self.set_range(graph, quantiser, stats[name])
         weights = [site for site in sites if self.weights and has_fixed_scale(site, ctx)]
         for site in ctx.progress(weights, "weight ranges"):
-            set_weight_range(graph, site.weight)
+            set_weight_range(graph, site)
         facts: dict[str, Any] = {"method": str(self.method), "inputs": chosen}
         return PassResult(len(inputs) + len(weights), {**facts, "weights": len(weights)})
 
@@ -165,13 +165,17 @@ def has_fixed_scale(site: Site, ctx: Context) -> bool:
     return False
 
 
-def set_weight_range(graph: Graph, quantiser: fx.Node) -> None:
-    """Rebind one weight quantiser's scale to the clipping of least squared error."""
+def set_weight_range(graph: Graph, site: Site) -> None:
+    """Rebind the scale of the weight of ``site`` to the clipping of least squared error."""
+    quantiser = site.weight
     spec = QuantSpec.parse(str(quantiser.args[3]))
     source = quantiser.args[0]
     assert isinstance(source, fx.Node)
     weight = graph.evaluate(source)
-    _rebind(graph, quantiser, *numerics.scale_from_range(*clipped_range(weight, spec), spec))
+    scale, zero_point = numerics.scale_from_range(*clipped_range(weight, spec), spec)
+    if site.scheme is not None and site.scheme.input is not None:
+        scale = numerics.whole_multiples(scale, spec)  # as quant does: an integer GEMM needs it
+    _rebind(graph, quantiser, scale, zero_point)
 
 
 def _is_quantiser(node: fx.Node) -> bool:

@@ -197,6 +197,7 @@ def test_layers_share_a_budget(budget: float | None) -> None:
     model, x = Stack(), torch.randn(100, 32)
     graph, (record,) = allocated(model, x, "w4a16", Allocate(Method.LAYERS, budget=budget))
     assert mean_bits(graph) <= (budget or 4) + 1e-9
+    assert record.facts["mean_bits"] == pytest.approx(mean_bits(graph), abs=1e-3)
     widths = {name: facts["bits"] for name, facts in record.facts["allocated"].items()}
     assert widths["b"] == max(widths.values()) > min(widths.values())
     if budget is None:

@@ -96,6 +96,16 @@ def test_weights_are_searched_when_asked() -> None:
     assert spec.qmax == 3
 
 
+def test_searched_scales_of_groups_stay_whole_multiples() -> None:
+    model, x = Two(), torch.randn(8, 16)
+    graph = compressed(model, x, "w4a8-g4")
+    run(graph, Calibrate(weights=True), ctx=samples(x))
+    for site in graph.sites():
+        scale = graph.param(f"{site.name}.weight_scale")
+        multiples = scale / (scale.amax(-1, keepdim=True) / 18)  # 127 // 7
+        torch.testing.assert_close(multiples, multiples.round(), rtol=1e-5, atol=1e-5)
+
+
 def test_asymmetric_zero_points_are_rebound() -> None:
     model, x = Two(), torch.rand(64, 16) + 1.0
     graph = compressed(model, x, "w8a8-aasym-static", seen=False)
