@@ -304,10 +304,7 @@ class CompiledModel(nn.Module):
     def _rebuilt(self) -> None:
         """Prepare the program anew after an edit; compile it if it was compiled."""
         _retarget(self.program, self.device)
-        compiled = self._compiled
-        self._prepare()
-        if compiled:
-            self.compile(**self._options)
+        self._prepare_again()
 
     def extra_repr(self) -> str:
         """Class, dtype and target."""
@@ -329,11 +326,18 @@ class CompiledModel(nn.Module):
                 f"the package is for {self.device}, it cannot move to {probe.device}",
                 "load without aot=True",
             )
+        moved = probe.device != self.device
         super()._apply(fn, recurse)
         edited = self._cache is not None or self._adapters is not None
-        if _retarget(self.program, probe.device) or edited:
-            self._prepare()
+        if _retarget(self.program, probe.device) or (edited and moved):
+            self._prepare_again()
         return self
+
+    def _prepare_again(self) -> None:
+        compiled = self._compiled
+        self._prepare()
+        if compiled:
+            self.compile(**self._options)
 
     def _prepare(self) -> None:
         """Make the form that compilers see; it shares the program's weights and is not a child."""
