@@ -8,6 +8,7 @@ Source: ours; masks for single heads as in Xi et al., Sparse VideoGen, arXiv 250
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -84,20 +85,26 @@ def assign(
         at_level[name], best[name] = levels.min(1)
         cost[name] = shares[name].unflatten(0, (-1, masks)).mean(1)
     heads = {(name, h): 0 for name in errors for h in range(errors[name].shape[1])}
-    spent = sum(float(cost[name][0]) for name, _ in heads)
-    while True:
-        room = density * len(heads) - spent + 1e-9
-        raises = [
-            (float(at_level[n][now, h] - at_level[n][to, h]) / extra, n, h, to, extra)
-            for (n, h), now in heads.items()
-            for to in range(now + 1, len(cost[n]))
-            if 0 < (extra := float(cost[n][to] - cost[n][now])) <= room
-        ]
-        gain, name, head, level, extra = max(raises, default=(0.0, "", 0, 0, 0.0))
-        if gain <= 0:
-            break
+    room = density * len(heads) - sum(float(cost[name][0]) for name, _ in heads) + 1e-9
+    waiting: list[tuple[float, str, int, int, int, float]] = []
+
+    def offer(name: str, head: int, now: int) -> None:
+        """Every raise of a head from level ``now``, by error saved per block."""
+        for to in range(now + 1, len(cost[name])):
+            extra = float(cost[name][to] - cost[name][now])
+            saved = float(at_level[name][now, head] - at_level[name][to, head])
+            if extra > 0 and saved > 0:
+                heapq.heappush(waiting, (-saved / extra, name, head, now, to, extra))
+
+    for name, head in heads:
+        offer(name, head, 0)
+    while waiting:
+        _, name, head, now, level, extra = heapq.heappop(waiting)
+        if heads[name, head] != now or extra > room:  # raised since, or no longer affordable
+            continue
         heads[name, head] = level
-        spent += extra
+        room -= extra
+        offer(name, head, level)
     plans = {}
     for name in errors:
         count = errors[name].shape[1]
