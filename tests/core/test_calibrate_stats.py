@@ -49,16 +49,6 @@ def test_ranges_are_those_of_all_samples_together(model: Net, graph: Graph) -> N
         assert seen.values.numel() == 0
 
 
-def test_steps_are_kept_apart(model: Net, graph: Graph) -> None:
-    x = torch.randn(2, 5, 8)
-    samples = [Sample({"x": x * t}, timestep=t) for t in (1.0, 4.0, 4.0)]
-    stats = activation_stats(graph, samples)
-    assert set(stats.steps) == {(site, t) for site in ("left", "right") for t in (1.0, 4.0)}
-    assert torch.equal(stats.steps["left", 1.0].high, entering(model, x).reshape(-1, 8).amax(0))
-    assert stats.steps["left", 4.0].tokens == 20
-    assert float(stats.steps["left", 1.0].absmax.max()) < float(stats.sites["left"].absmax.max())
-
-
 def test_the_reservoir_is_bounded_and_even(graph: Graph) -> None:
     site = graph.site("left")
     # 63 calm calls and one that is loud: it must fill a 64th of the reservoir, first or last

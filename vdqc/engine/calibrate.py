@@ -44,10 +44,9 @@ class SiteStats:
 @final
 @dataclass(frozen=True)
 class ActivationStats:
-    """Statistics per site, and per timestep where the samples name one."""
+    """Statistics per site, over all samples."""
 
     sites: Mapping[str, SiteStats]
-    steps: Mapping[tuple[str, float], SiteStats]
 
     def absmax(self, group: Sequence[Site]) -> Tensor:
         """float[K]: greatest magnitude per input channel of peers."""
@@ -85,24 +84,15 @@ def observe(
         raise InputError("expected at least one sample to calibrate on, got none")
     generator = torch.Generator().manual_seed(0)
     whole: dict[fx.Node, SiteStats] = {}
-    steps: dict[tuple[fx.Node, float], SiteStats] = {}
-    for sample in progress(samples, "calibrate"):
 
-        def look(node: fx.Node, value: Any, sample: Sample = sample) -> None:
-            if node not in nodes or value.numel() == 0:
-                return
+    def look(node: fx.Node, value: Any) -> None:
+        if node in nodes and value.numel() > 0:
             seen = _stats(value, nodes[node][0], reservoir, generator)
             whole[node] = _merge(whole.get(node), seen, reservoir, generator)
-            if sample.timestep is not None:
-                key = (node, sample.timestep)
-                ranges = SiteStats(seen.low, seen.high, seen.tokens)
-                steps[key] = _merge(steps.get(key), ranges, 0, generator)
 
+    for sample in progress(samples, "calibrate"):
         graph.run_inputs(graph.signature.bind((), sample.inputs), look)
-    return ActivationStats(
-        {name: stats for node, stats in whole.items() for name in nodes[node]},
-        {(name, t): stats for (node, t), stats in steps.items() for name in nodes[node]},
-    )
+    return ActivationStats({name: stats for node, stats in whole.items() for name in nodes[node]})
 
 
 def _stats(value: Tensor, name: str, reservoir: int, generator: torch.Generator) -> SiteStats:
