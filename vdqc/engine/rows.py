@@ -31,8 +31,8 @@ def input_rows(
 ) -> dict[str, Tensor]:
     """float32[<= count, K] for each group, under the name of its first site.
 
-    The same number of rows of every sample, less where a sample has fewer; float64 in a float64
-    graph. Raises InputError without samples, or where an input is NaN or infinite.
+    As many rows of every sample, up to one, as there are, and ``count`` of those, evenly; float64
+    in a float64 graph. Raises InputError without samples, or where an input is NaN or infinite.
     """
     if not samples:
         raise InputError("expected at least one sample to see inputs on, got none")
@@ -44,7 +44,14 @@ def input_rows(
         graph.run_inputs(
             graph.signature.bind((), sample.inputs), _drawing(names, share, generator, found)
         )
-    return {name: torch.cat(rows)[:count] for name, rows in found.items() if rows}
+    return {name: _evenly(torch.cat(rows), count) for name, rows in found.items() if rows}
+
+
+def _evenly(rows: Tensor, count: int) -> Tensor:
+    """``count`` of ``rows``, spread over all of them, so that no sample is left out."""
+    if len(rows) <= count:
+        return rows
+    return rows[torch.arange(count) * len(rows) // count]
 
 
 def _drawing(
