@@ -35,23 +35,27 @@ class Stack(nn.Module):
         return x
 
 
-def compressed(width: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Graph, list[Sample]]:
+def compressed(
+    width: int = 16, dtype: torch.dtype = torch.float32, scheme: str = "w4a4"
+) -> tuple[Graph, list[Sample]]:
     torch.manual_seed(0)
     model = Stack(width).to(dtype).eval()
-    shapes = [(2, 6), (3, 5), (2, 6), (2, 6)]
+    shapes = [(2, 6), (2, 6), (3, 5), (3, 5)]  # two steps of two trajectories
     random = torch.Generator().manual_seed(1)
     samples = [
         Sample(
             {
                 "x": torch.randn(batch, tokens, width, generator=random).to(dtype),
                 "y": torch.randn(batch, width, generator=random).to(dtype),
-            }
+            },
+            trajectory=index // 2,
+            step=index % 2,
         )
-        for batch, tokens in shapes
+        for index, (batch, tokens) in enumerate(shapes)
     ]
     graph = capture(model, samples)
     passes = "canonicalize,annotate{keep=nothing},rotate,smooth{learn=true},quant{clip=learned}"
-    recipe = Recipe.parse(passes, PASSES, ["w4a4"])
+    recipe = Recipe.parse(passes, PASSES, [scheme])
     PassManager(recipe.passes, probe=False).run(graph, Context(samples, rules=recipe.rules))
     return graph, samples
 
@@ -64,6 +68,6 @@ def fresh(stack: tuple[Graph, list[Sample]]) -> tuple[Graph, list[Sample]]:
     return twin, stack[1]
 
 
-def training(folder: Path | None = None, **schedule: int) -> Training:
+def training(folder: Path | None = None, loss: str = "block", **schedule: int) -> Training:
     plan = {"epochs": 2, "check": 1, **schedule}
-    return Training(losses.parse("block"), Schedule(**plan), checkpoint=folder)
+    return Training(losses.parse(loss), Schedule(**plan), checkpoint=folder)

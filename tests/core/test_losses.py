@@ -58,19 +58,43 @@ def test_bad_text_is_one_clear_error(text: str, message: str) -> None:
 
 def test_auto_is_the_ratio_of_first_losses() -> None:
     terms = parse("3*block+auto*tmd")
-    state: dict[str, Tensor] = {}
-    first, parts = total(terms, context(state=state))
+    weights: dict[str, float] = {}
+    first, parts = total(terms, context(weights=weights))
     assert float(first) == pytest.approx(2 * 3 * parts["block"])
-    second, parts_2 = total(terms, context(state=state, noise=0.2))
+    second, parts_2 = total(terms, context(weights=weights, noise=0.2))
     ratio = 3 * parts["block"] / parts["tmd"]
     assert float(second) == pytest.approx(3 * parts_2["block"] + ratio * parts_2["tmd"])
 
 
 def test_auto_waits_for_a_first_loss_that_is_not_zero() -> None:
-    terms, state = parse("block+auto*tmd"), {}
-    assert float(total(terms, context(state=state, noise=0))[0]) == 0
-    loss, parts = total(terms, context(state=state))
+    terms, weights = parse("block+auto*tmd"), {}
+    assert float(total(terms, context(weights=weights, noise=0))[0]) == 0
+    loss, parts = total(terms, context(weights=weights))
     assert float(loss) == pytest.approx(2 * parts["block"])
+
+
+def test_auto_is_more_than_half_precision_holds() -> None:
+    ctx = context()
+    half = {n: getattr(ctx, n).detach().half() for n in ("fp_out", "q_out")}
+    first, parts = total(parse("1e7*block+auto*tmd"), context(**half, weights=(found := {})))
+    assert min(found.values()) > 65504  # float16's largest
+    assert parts["tmd"] * min(found.values()) == pytest.approx(1e7 * parts["block"])
+    assert bool(first.isfinite())
+
+
+def test_a_sum_that_overflows_is_named() -> None:
+    ctx = context()
+    with pytest.raises(InputError, match="weighted sum of the loss terms is inf") as caught:
+        total(parse("1e308*block+1e308*tmd"), context(q_out=ctx.q_out * 1e3))
+    assert "a weight is too large" in caught.value.diagnostic.notes[0]
+
+
+def test_a_further_output_that_is_not_finite_is_named() -> None:
+    ctx = context()
+    bad = torch.full_like(ctx.fp_out, float("nan"))
+    with pytest.raises(InputError) as caught:
+        total(parse("block"), context(fp_rest=(ctx.fp_out,), q_rest=(bad,)))
+    assert "the quantised block's output 1 holds NaN" in caught.value.diagnostic.notes[0]
 
 
 @pytest.mark.parametrize("text", ALL.split("+"))

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from vdqc.base.diagnostics import InputError
 from vdqc.engine.frames import FrameMap
 from vdqc.engine.losses import AttentionSite, LossContext, make_term, parse, tap, total
-from vdqc.engine.losses.maps import SalientAxis, map_error, pool, probabilities, saliency
+from vdqc.engine.losses.maps import SalientAxis, kept_keys, map_error, pool, probabilities, saliency
 from vdqc.testing.harness import assert_close, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
@@ -120,13 +120,14 @@ def test_padding_leaves_the_map_of_what_is_there() -> None:
     for masked in (
         mask,
         mask.expand(2, 1, 12, 12),
-        torch.zeros(mask.shape).masked_fill(~mask, -1e9),
+        torch.zeros(mask.shape).masked_fill(~mask, -1e4),
     ):
         fp = {**padded.fp_taps, tap(SITE, "mask"): masked}
         query, key = fp[tap(SITE, "query")], fp[tap(SITE, "key")]
         whole = probabilities(query, key, None, masked)
         cut = dense_map(query[:, :, :9], key[:, :, :9])
         assert_close(whole[:, :, :9, :9], cut, torch.float64)
+        assert kept_keys(masked, 2).tolist() == mask[:, 0, 0].tolist()
     ctx = context(fp_taps={**padded.fp_taps, tap(SITE, "mask"): mask})
     cropped = context(
         length=9, fp_taps=short, q_taps={n: v[:, :, :9] for n, v in padded.q_taps.items()}

@@ -185,6 +185,16 @@ def test_a_window_starts_anew_with_another_trajectory() -> None:
     assert [value > 0 for value in values] == [False, False, True, False, False, True]
 
 
+def test_branches_of_guidance_have_windows_of_their_own() -> None:
+    state: dict[str, Tensor] = {}
+    term = make_term("trd")
+    values = [
+        float(term(context(sample=n, trajectory=0, step=n // 2, branch=n % 2, state=state)))
+        for n in range(4)
+    ]
+    assert [value > 0 for value in values] == [False, False, True, True]
+
+
 def test_gradient_reaches_the_student_unless_as_in_the_released_code() -> None:
     for compat, flows in (("paper", True), ("code", False)):
         state: dict[str, Tensor] = {}

@@ -3,6 +3,7 @@
 import itertools
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,12 +159,22 @@ def test_sizes_in_words() -> None:
 # stepping ---------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 20), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.integers(0, 3))
+@given(
+    st.integers(1, 20),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2]),
+    st.integers(0, 3),
+    st.booleans(),
+)
 def test_every_sample_is_seen_once_an_epoch_by_one_worker(
-    count: int, lanes: int, size: int, epoch: int
+    count: int, lanes: int, size: int, epoch: int, ordered: bool
 ) -> None:
-    schedule = Schedule(batch=lanes).for_workers(Workers(0, size), Diagnostics())
-    batches = schedule.order(count, epoch, shuffled=True)
+    schedule = Schedule(batch=lanes, ordered=ordered)
+    schedule = schedule.for_workers(Workers(0, size), Diagnostics())
+    batches = schedule.order(count, epoch, shuffled=not ordered)
+    if ordered:  # a lane follows its trajectory
+        for lane in schedule.lanes(count):
+            assert lane == list(range(lane[0], lane[-1] + 1)) if lane else count < lanes * size
     assert sorted(itertools.chain(*batches)) == list(range(count))
     assert len(batches) * schedule.epochs == schedule.steps(count)
     shards = [schedule.shard(count, Workers(rank, size)) for rank in range(size)]
@@ -192,7 +203,7 @@ class Bowl:
     """(p - sample)² over samples 0, 1, 2; the rate decides whether it converges."""
 
     def __init__(self, p: nn.Parameter) -> None:
-        self.p, self.state, self.remembers = p, {}, False  # type: ignore[var-annotated]
+        self.p, self.weights, self.remembers = p, {}, False  # type: ignore[var-annotated]
 
     def __call__(self, sample: int) -> tuple[Tensor, dict[str, float]]:
         return (self.p - sample).square().sum(), {"bowl": 0.0}
@@ -224,19 +235,42 @@ def test_training_stops_early() -> None:
 
 def test_a_checkpoint_comes_back_and_damage_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoint, diagnostics = Checkpoint(tmp_path), Diagnostics()
-    saved = Saved({"a.clip": torch.randn(3)}, {"term|x": torch.ones(2)}, {"best": 0.5})
+    saved = Saved({"a.clip": torch.randn(3)}, {"best": 0.5})
     file = checkpoint.save(3, "before blocks.0", saved)
     assert file is not None
     assert [path.name for path in tmp_path.iterdir()] == ["003-before-blocks.0.safetensors"]
     found = checkpoint.load(3, "before blocks.0", diagnostics)
     assert found is not None
     assert torch.equal(found.params["a.clip"], saved.params["a.clip"])
-    assert torch.equal(found.state["term|x"], saved.state["term|x"])
     assert found.facts == saved.facts
     assert checkpoint.load(4, "blocks.0", diagnostics) is None
     file.write_bytes(file.read_bytes()[:20])
     assert checkpoint.load(3, "before blocks.0", diagnostics) is None
     assert [entry.code for entry in diagnostics] == ["damaged-checkpoint"]
+
+
+def test_another_scheme_is_another_checkpoint(tmp_path: Path) -> None:
+    results = {}
+    for scheme in ("w8a8", "w4a4", "w8a8"):
+        graph, samples = compressed(scheme=scheme)
+        found = reconstruct(graph, Context(samples), training(tmp_path, epochs=1))
+        assert {result.resumed for result in found} == {scheme in results}
+        results[scheme] = found[0].start
+    assert results["w4a4"] > 2 * results["w8a8"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_calls_are_read_once(tmp_path: Path, stack: tuple[Graph, list[Sample]]) -> None:
+    class Counted(list[Sample]):
+        read = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            self.read += 1
+            return super().__getitem__(index)
+
+    samples = Counted(stack[1])
+    reconstruct(fresh(stack)[0], Context(samples), training(epochs=2))
+    assert samples.read <= len(samples) + 1  # the first once more, for shapes
 
 
 def test_another_sample_is_another_checkpoint(

@@ -32,14 +32,14 @@ def stack() -> tuple[Graph, list[Sample]]:
     return compressed()
 
 
-def child(folder: Path, out: Path, batch: int, die: str) -> None:
+def child(folder: Path, out: Path, batch: int, die: str, loss: str) -> None:
     """One worker, or the process that is killed; ``die`` names the last block that it finishes."""
     graph, samples = compressed()
     ctx = Context(samples)
     if die:
         ctx.progress = lambda items, description: _deadly(items, folder, die)
     diagnostics = ctx.diagnostics
-    reconstruct(graph, ctx, training(folder, batch=batch, epochs=3))
+    reconstruct(graph, ctx, training(folder, loss, batch=batch, epochs=3))
     values = {name: graph.param(name).tolist() for name in sorted(graph.free)}
     rank = os.environ.get("RANK", "0")
     (out / f"{rank}.json").write_text(json.dumps(values))
@@ -62,7 +62,7 @@ def start(arguments: list[str], **environment: str) -> "subprocess.Popen[str]":
         "import importlib.util as u, sys; from pathlib import Path;"
         f"s = u.spec_from_file_location('child', {str(HERE)!r}); m = u.module_from_spec(s);"
         "s.loader.exec_module(m); a = sys.argv[1:];"
-        "m.child(Path(a[0]), Path(a[1]), int(a[2]), a[3])"
+        "m.child(Path(a[0]), Path(a[1]), int(a[2]), a[3], a[4])"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_without_training_a_block_again(
 ) -> None:
     checkpoints, out = tmp_path / "checkpoints", tmp_path / "out"
     out.mkdir()
-    process = start([str(checkpoints), str(out), "2", "blocks.0"])
+    process = start([str(checkpoints), str(out), "2", "blocks.0", "block"])
     output = process.communicate(timeout=120)[0]
     assert process.returncode == -signal.SIGKILL, output
     finished = sorted(checkpoints.rglob("*.safetensors"))
@@ -112,11 +112,11 @@ def _free_port() -> str:
 
 @contextmanager
 def other_worker(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], die: str = ""
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], die: str = "", loss: str = "block"
 ) -> Iterator["subprocess.Popen[str]"]:
     """This process is worker 0 of 2, as torchrun would tell it; the other one is a child."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    process = start([*arguments, die], RANK="1", **common)
+    process = start([*arguments, die, loss], RANK="1", **common)
     for name, value in {**common, "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     try:
@@ -125,26 +125,32 @@ def other_worker(
         process.kill()
 
 
+@pytest.mark.parametrize("loss", ["block", "block+10*trd+0.1*mtrd+auto*std"])
 def test_two_workers_make_what_one_process_makes(
     tmp_path: Path,
     stack: tuple[Graph, list[Sample]],
-    alone: dict[str, Tensor],
     monkeypatch: pytest.MonkeyPatch,
+    loss: str,
 ) -> None:
     checkpoints = tmp_path / "checkpoints"
+    alone, samples = fresh(stack)
+    expected = reconstruct(alone, Context(samples), training(None, loss, batch=2, epochs=3))
     graph, samples = fresh(stack)
     ctx = Context(samples)
-    with other_worker(monkeypatch, [str(checkpoints), str(tmp_path), "1"]) as process:
-        reconstruct(graph, ctx, training(checkpoints, batch=1, epochs=3))
+    with other_worker(monkeypatch, [str(checkpoints), str(tmp_path), "1"], loss=loss) as process:
+        found = reconstruct(graph, ctx, training(checkpoints, loss, batch=1, epochs=3))
         output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     other = json.loads((tmp_path / "1.json").read_text())
     assert [entry.code for entry in ctx.diagnostics if entry.code == "batch"]
-    for name, value in alone.items():
-        found = graph.param(name).detach()
-        assert found.tolist() == other[name], name  # every worker holds the same
+    for one, two in zip(expected, found, strict=True):
+        assert two.terms == pytest.approx(one.terms)
+    assert all(value > 0 for value in expected[-1].terms.values())  # each term had its say
+    for name in alone.free:
+        value = graph.param(name).detach()
+        assert value.tolist() == other[name], name  # every worker holds the same
         # sums in another order: equal to rounding, of which Adam makes a little more
-        assert_close(found, value)
+        assert_close(value, alone.param(name).detach())
 
 
 def test_a_lost_worker_is_named_and_its_run_goes_on(

@@ -69,6 +69,21 @@ def test_records_every_call_as_it_was_made(tmp_path: Path) -> None:
     assert not Model()._forward_pre_hooks
 
 
+def test_calls_of_one_timestep_are_branches_of_a_step(tmp_path: Path) -> None:
+    def guided(model: Any, seed: int) -> Tensor:
+        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
+        text = {"tokens": (torch.ones(2, 3), None), "n": [3]}
+        for t in STEPS:
+            x = x - sum(0.1 * model(x, torch.full((2,), t), text=text) for _ in range(2))
+        return x
+
+    pool = record(Model(), guided, [2], tmp_path / "pool")
+    places = [(step, branch) for step in range(len(STEPS)) for branch in range(2)]
+    assert [(c.step, c.branch) for c in pool.candidates] == places
+    assert [(sample.step, sample.branch) for sample in pool] == places
+    assert len(set(sample_keys(pool))) == len(pool)
+
+
 def test_equal_tensors_are_stored_once(tmp_path: Path) -> None:
     pool = record(Model(), generate, [0], tmp_path / "pool")
     stored = (tmp_path / "pool" / "seed00000-00.safetensors").read_bytes()

@@ -10,6 +10,7 @@ finite.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -21,13 +22,34 @@ from vdqc.engine.block_module import BlockModule, Cuts, Piece, attention_nodes
 from vdqc.engine.frames import FrameMap, site_frames, sizes_of
 from vdqc.engine.losses import AttentionSite, LossContext, LossTerm, Terms, total
 from vdqc.engine.pass_manager import Context
-from vdqc.ir.sample import Sample
 from vdqc.ir.site import note
 
 
 @final
+@dataclass(frozen=True)
+class Call:
+    """What a loss must know of a sample without reading it again.
+
+    Attributes:
+        sizes: of the call's axes, by symbol.
+        lane: of those that samples are dealt into; terms remember within one.
+    """
+
+    sizes: Mapping[str, int]
+    lane: int = 0
+    timestep: float | None = None
+    trajectory: int | None = None
+    step: int | None = None
+    branch: int = 0
+
+
+@final
 class PieceLoss:
-    """``loss(sample)``: the weighted sum and its parts; ``state`` is what terms remember."""
+    """``loss(sample)``: the weighted sum and its parts.
+
+    Attributes:
+        weights: what ``auto`` weights found at the first call.
+    """
 
     def __init__(
         self,
@@ -37,13 +59,13 @@ class PieceLoss:
         teacher: Cuts,
         cache: ActivationCache,
         own_cache: ActivationCache,
-        samples: Sequence[Sample],
-        sizes: Mapping[int, Mapping[str, int]],
+        calls: Mapping[int, Call],
     ) -> None:
         self.piece, self.terms, self.student = piece, terms, student
-        self.cache, self.own_cache, self.samples, self.sizes = cache, own_cache, samples, sizes
+        self.cache, self.own_cache, self.calls = cache, own_cache, calls
         self.taps = sorted({kind for _, term in terms for kind in term.taps})
-        self.state: dict[str, Tensor] = {}
+        self.weights: dict[str, float] = {}
+        self._states: dict[int, dict[str, Tensor]] = {}  # by lane
         self.module = self._student(piece.free)
         self.attention = attention_nodes(teacher, piece.teacher_reads, piece.makes)
         self.teacher: BlockModule | None = None
@@ -59,7 +81,7 @@ class PieceLoss:
 
     def __call__(self, sample: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one sample, differentiable in the piece's parameters."""
-        return self._loss(self.module, sample, self.state)
+        return self._loss(self.module, sample, self._states)
 
     @torch.no_grad()
     def evaluate(self, samples: Sequence[int]) -> tuple[float, dict[str, float], int]:
@@ -69,15 +91,16 @@ class PieceLoss:
         """
         module = self._student(())
         remembering = any(term.remembers for _, term in self.terms)
-        state = dict(self.state) if remembering else self.state
+        states = self._states
+        if remembering:
+            states = {lane: dict(state) for lane, state in states.items()}
         whole, parts = 0.0, dict.fromkeys((str(term) for _, term in self.terms), 0.0)
         for sample in samples:
-            loss, found = self._loss(module, sample, state)
+            loss, found = self._loss(module, sample, states)
             whole += float(loss)
             for name, value in found.items():
                 parts[name] += value
         module.release()
-        self.state.update({key: value for key, value in state.items() if "|auto" in key})
         return whole, parts, len(samples)
 
     def release(self) -> None:
@@ -91,7 +114,7 @@ class PieceLoss:
         return BlockModule(self.student, piece.student_reads, piece.makes, trainable, self.taps)
 
     def _loss(
-        self, module: BlockModule, sample: int, state: dict[str, Tensor]
+        self, module: BlockModule, sample: int, states: dict[int, dict[str, Tensor]]
     ) -> tuple[Tensor, dict[str, float]]:
         made, taps = module({key: self.own_cache.get(sample, key) for key in module.reads})
         wanted = {key: self.cache.get(sample, key) for key in self.piece.makes}
@@ -101,23 +124,25 @@ class PieceLoss:
                 reads = {key: self.cache.get(sample, key) for key in self.teacher.reads}
                 fp_taps = self.teacher(reads)[1]
         main, *rest = output_order(wanted)
-        sites = attention_sites(self.attention, self.sizes[sample])
-        record = self.samples[sample]
+        call = self.calls[sample]
+        sites = attention_sites(self.attention, call.sizes)
         ctx = LossContext(
             block=self.piece.name,
             sample=sample,
-            timestep=record.timestep,
+            timestep=call.timestep,
             fp_out=wanted[main],
             q_out=made[main],
             fp_taps=fp_taps,
             q_taps=taps,
             frames=output_frames(sites, wanted[main]),
-            state=state,
+            state=states.setdefault(call.lane, {}),
+            weights=self.weights,
             attention=sites,
             fp_rest=tuple(wanted[key] for key in rest),
             q_rest=tuple(made[key] for key in rest),
-            trajectory=getattr(record, "trajectory", None),
-            step=getattr(record, "step", None),
+            trajectory=call.trajectory,
+            step=call.step,
+            branch=call.branch,
         )
         return total(self.terms, ctx)
 

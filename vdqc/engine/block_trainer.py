@@ -1,7 +1,8 @@
 """The optimiser loop of one piece: AdamW, cosine, a rate per kind of parameter, best state kept.
 
 Samples are dealt into ``batch`` lanes; a step takes one sample of each lane. A worker has whole
-lanes, so that any number of workers that divides the batch takes the same steps as one process.
+lanes, and what a loss remembers it remembers by lane, so that any number of workers that divides
+the batch takes the same steps as one process.
 
 Error: InputError [gradient-not-finite] naming the parameter; what was best is put back first.
 Source: Loshchilov and Hutter, AdamW, arXiv 1711.05101, and SGDR, arXiv 1608.03983, equation 5.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import Protocol, final
 
 import torch
@@ -24,7 +26,7 @@ from vdqc.engine.distributed import Workers
 class Loss(Protocol):
     """What is minimised."""
 
-    state: dict[str, Tensor]
+    weights: dict[str, float]
 
     def __call__(self, sample: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one sample and its parts."""
@@ -49,6 +51,7 @@ class Schedule:
         floor: share of the base rate at the end of the cosine.
         check: epochs between evaluations; the best state is chosen among what was evaluated.
         patience: evaluations without an improvement of 0.1 % before training stops; 0 for never.
+        ordered: lanes of neighbouring samples, for losses that follow a trajectory.
     """
 
     epochs: int = 15
@@ -62,6 +65,7 @@ class Schedule:
     check: int = 3
     patience: int = 2
     seed: int = 0
+    ordered: bool = False
 
     def for_workers(self, group: Workers, diagnostics: Diagnostics) -> Schedule:
         """The schedule with a batch that the workers share evenly, with a remark if it grew."""
@@ -74,9 +78,16 @@ class Schedule:
             )
         return replace(self, batch=batch)
 
+    def lanes(self, count: int) -> list[list[int]]:
+        """The samples of each lane, in order."""
+        if not self.ordered:
+            return [list(range(lane, count, self.batch)) for lane in range(self.batch)]
+        ends = [count * lane // self.batch for lane in range(self.batch + 1)]
+        return [list(range(start, end)) for start, end in pairwise(ends)]
+
     def shard(self, count: int, group: Workers) -> list[int]:
         """Samples of one worker."""
-        return [i for i in range(count) if (i % self.batch) % group.size == group.rank]
+        return sorted(chain(*self.lanes(count)[group.rank :: group.size]))
 
     def steps(self, count: int) -> int:
         """Optimiser steps of one piece."""
@@ -84,7 +95,7 @@ class Schedule:
 
     def order(self, count: int, epoch: int, shuffled: bool) -> list[list[int]]:
         """Batches of one epoch, of all workers: one sample of each lane, lanes shuffled."""
-        lanes = [list(range(lane, count, self.batch)) for lane in range(self.batch)]
+        lanes = self.lanes(count)
         if shuffled:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             for lane in lanes:
@@ -206,10 +217,9 @@ def _require_finite(params: Mapping[str, nn.Parameter], sample: int) -> None:
 
 def _evaluate(loss: Loss, samples: Sequence[int], group: Workers) -> tuple[float, dict[str, float]]:
     """Mean loss and parts over the samples of all workers."""
-    if group.is_first and group.size > 1 and not loss.state:
+    if group.is_first and group.size > 1 and not loss.weights:
         loss.evaluate(samples[:1])  # weights that are set at the first call: the same everywhere
-    shared = group.share({k: v for k, v in loss.state.items() if "|auto" in k})
-    loss.state.update(shared)
+    loss.weights.update(group.share(loss.weights))
     whole, parts, count = loss.evaluate(samples)
     numbers = torch.tensor([whole, *parts.values(), float(count)], dtype=torch.float64)
     whole, *values, count = group.total([numbers])[0].tolist()

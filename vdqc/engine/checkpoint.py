@@ -1,8 +1,8 @@
 """Trained parameters, one file a finished piece, so that a killed run goes on where it was.
 
 A file appears whole or not at all (written beside, synced, renamed). Files live in a folder named
-by everything that decides their content: the samples, the texts of all passes, the weights. Another
-recipe, another sample: another folder.
+by everything that decides their content: the samples, the texts of all passes, the program with its
+schemes, the weights. Another recipe, another scheme, another sample: another folder.
 
 Error: a file that cannot be read counts as absent, with a warning.
 """
@@ -35,10 +35,9 @@ _SPOTS = 1024
 @final
 @dataclass(frozen=True)
 class Saved:
-    """What one piece left: trained parameters by name, what loss terms remember, numbers."""
+    """What one piece left: trained parameters by name, numbers."""
 
     params: Mapping[str, Tensor]
-    state: Mapping[str, Tensor]
     facts: Mapping[str, Any]
 
 
@@ -63,7 +62,7 @@ class Checkpoint:
                 piece, "damaged-checkpoint", f"{file} cannot be read ({error}): trained again"
             )
             return None
-        return Saved(_part(tensors, "param:"), _part(tensors, "state:"), facts)
+        return Saved(tensors, facts)
 
     def save(self, index: int, piece: str, saved: Saved, *, good: bool = True) -> Path | None:
         """Write one finished piece; not ``good``: one that went wrong, beside the finished ones."""
@@ -71,11 +70,7 @@ class Checkpoint:
         if file is None:
             return None
         file = file if good else file.with_suffix(".last-good.safetensors")
-        tensors = {
-            **{f"param:{name}": value for name, value in saved.params.items()},
-            **{f"state:{name}": value for name, value in saved.state.items()},
-        }
-        dense = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        dense = {k: value.detach().cpu().contiguous().clone() for k, value in saved.params.items()}
         write_atomically(file, save(dense, {"facts": json.dumps(dict(saved.facts))}))
         return file
 
@@ -102,7 +97,7 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 
 def run_key(graph: Graph, samples: Iterable[Sample], texts: Iterable[str]) -> str:
-    """16 hex digits of the weights (spots of each), the samples (every byte) and the pass texts."""
+    """16 hex digits of the weights (spots of each), the samples (every byte) and ``texts``."""
     digest = hashlib.sha256("\n".join(texts).encode())
     for name in sorted(graph.param_names()):
         value = graph.param(name).detach().flatten()
@@ -111,18 +106,16 @@ def run_key(graph: Graph, samples: Iterable[Sample], texts: Iterable[str]) -> st
         digest.update(_bytes(spots))
     for sample in samples:
         leaves, spec = pytree.tree_flatten(dict(sample.inputs))
-        digest.update(f"{spec} {sample.timestep}".encode())
+        place = sample.timestep, sample.trajectory, sample.step, sample.branch
+        digest.update(f"{spec} {place}".encode())
         for leaf in leaves:
-            digest.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+            if isinstance(leaf, Tensor):
+                digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode() + _bytes(leaf))
+            else:
+                digest.update(repr(leaf).encode())
     return digest.hexdigest()[:16]
 
 
 def _bytes(value: Tensor) -> bytes:
     dense = value.detach().cpu().contiguous().reshape(-1)
     return dense.view(torch.uint8).numpy().tobytes() if dense.numel() else b""
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-    }

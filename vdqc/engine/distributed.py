@@ -68,9 +68,7 @@ class Workers:
 
     def wait(self) -> None:
         """Until every worker is here."""
-        if self.size > 1:
-            with _lost_is_named(self):
-                dist.barrier()
+        self.total([torch.zeros(1)])  # on the CPU: a barrier of nccl asks for a GPU of its own
 
 
 def is_first_worker() -> bool:
@@ -89,13 +87,16 @@ def own_place(out: Path) -> Path:
 
 @contextmanager
 def workers(backend: str | None = None) -> Iterator[Workers]:
-    """The workers that ``torchrun`` started, or this process alone; nccl where there are GPUs."""
+    """The workers that ``torchrun`` started, or this process alone.
+
+    Where there are GPUs, nccl takes what is on one and gloo what is on the CPU.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ:
         yield Workers()
         return
     started = not dist.is_initialized()
     if started:
-        backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+        backend = backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield Workers(dist.get_rank(), dist.get_world_size())

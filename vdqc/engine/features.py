@@ -193,12 +193,12 @@ def saliences(
         )
     place = latent_input(graph, latent)
     patch = patch_size(graph, graph.inputs[place])
-    at = {(c.seed, c.step): index for index, c in enumerate(found)}
+    at = {(c.seed, c.step, c.branch): index for index, c in enumerate(found)}
     recent: dict[int, Tensor] = {}
 
     def read(index: int) -> Tensor:
         if index not in recent:
-            if len(recent) > 2:
+            if len(recent) > 5:  # the neighbours of a step of three calls
                 recent.pop(next(iter(recent)))
             recent[index] = graph.signature.bind((), samples[index].inputs)[place]
         return recent[index]
@@ -206,7 +206,7 @@ def saliences(
     diffusion, quantisation = [], []
     for index, here in enumerate(progress(found, "salience")):
         x = read(index)
-        before, after = at.get((here.seed, here.step - 1)), at.get((here.seed, here.step + 1))
+        before, after = (at.get((here.seed, here.step + n, here.branch)) for n in (-1, 1))
         first, second = (before, after) if neighbour is Neighbour.PREVIOUS else (after, before)
         other = first if first is not None else second
         diffusion.append(0.0 if other is None else diffusion_salience(x, read(other)))

@@ -6,8 +6,9 @@
       pool.json                       what was recorded, of which model, with a hash of every shard
       seed00003-00.safetensors        the tensors of one trajectory; equal tensors once
 
-A candidate is one call: (seed of the trajectory, step in it, timestep, inputs). Reading a candidate
-opens its shard, so that memory is one call however large the pool is. Nothing is unpickled.
+A candidate is one call: (seed of the trajectory, step in it, timestep, inputs). Calls in a row at
+one timestep are the branches of one step, as guidance makes them. Reading a candidate opens its
+shard, so that memory is one call however large the pool is. Nothing is unpickled.
 
 Error: ArtifactError for a folder that is foreign, newer, unfinished, or damaged.
 """
@@ -37,11 +38,15 @@ _CHUNK = 1 << 22
 @final
 @dataclass(frozen=True)
 class Candidate:
-    """One call of the model: where it stands; ``timestep`` None where the call names none."""
+    """One call of the model: where it stands; ``timestep`` None where the call names none.
+
+    ``branch`` counts the calls of one step.
+    """
 
     seed: int
     step: int
     timestep: float | None
+    branch: int = 0
 
 
 @final
@@ -55,9 +60,9 @@ class Pool(Sequence[Sample]):
         self._calls: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
         self._checked: set[str] = set()
         for trajectory in self.trajectories:
-            for step, call in enumerate(trajectory["calls"]):
-                self.candidates.append(Candidate(trajectory["seed"], step, call["timestep"]))
-                self._calls.append((trajectory, call))
+            timesteps = [call["timestep"] for call in trajectory["calls"]]
+            self.candidates += _places(trajectory["seed"], timesteps)
+            self._calls += [(trajectory, call) for call in trajectory["calls"]]
 
     @property
     def hash(self) -> str:
@@ -77,7 +82,7 @@ class Pool(Sequence[Sample]):
         trajectory, call = self._calls[index]
         inputs = _decode(call["inputs"], lambda place: self._tensor(trajectory, place))
         here = self.candidates[index]
-        return Sample(inputs, here.timestep, here.seed, here.step)
+        return Sample(inputs, here.timestep, here.seed, here.step, here.branch)
 
     def one_of_each_size(self) -> list[int]:
         """The first candidate of every combination of sizes; reads the headers of shards alone."""
@@ -143,7 +148,7 @@ def candidates(samples: Sequence[Sample]) -> list[Candidate] | None:
         whole = candidates(samples.whole)
         return None if whole is None else [whole[index] for index in samples.indices]
     found = [
-        Candidate(sample.trajectory, sample.step, sample.timestep)
+        Candidate(sample.trajectory, sample.step, sample.timestep, sample.branch)
         for sample in samples
         if sample.trajectory is not None and sample.step is not None
     ]
@@ -151,11 +156,21 @@ def candidates(samples: Sequence[Sample]) -> list[Candidate] | None:
 
 
 def sample_keys(samples: Sequence[Sample]) -> list[str]:
-    """A name for each sample that does not depend on its place: seed and step, or content."""
+    """A name for each sample that does not depend on its place: where it stands, or content."""
     found = candidates(samples)
     if found is not None:
-        return [f"{candidate.seed:010d}/{candidate.step:06d}" for candidate in found]
+        return [f"{c.seed:010d}/{c.step:06d}" + f"/{c.branch}" * (c.branch > 0) for c in found]
     return [_content(sample) for sample in samples]
+
+
+def _places(seed: int, timesteps: Sequence[float | None]) -> Iterator[Candidate]:
+    """Where the calls of one trajectory stand; a call that names no timestep is a step."""
+    step, branch, before = -1, 0, None
+    for timestep in timesteps:
+        again = timestep is not None and timestep == before
+        step, branch = (step, branch + 1) if again else (step + 1, 0)
+        before = timestep
+        yield Candidate(seed, step, timestep, branch)
 
 
 def open_pool(folder: Path, seeds: Sequence[int] | None = None) -> Pool:

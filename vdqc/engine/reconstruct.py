@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -23,7 +23,7 @@ import torch
 
 from vdqc.base.diagnostics import InputError
 from vdqc.engine.block_cache import ActivationCache
-from vdqc.engine.block_loss import PieceLoss, fitting_terms
+from vdqc.engine.block_loss import Call, PieceLoss, fitting_terms
 from vdqc.engine.block_module import BlockModule, Cuts, Piece, opened, plan_blocks, plan_model
 from vdqc.engine.block_trainer import Schedule, train
 from vdqc.engine.checkpoint import Checkpoint, Saved, run_key
@@ -140,15 +140,16 @@ class _Run:
         self.graph, self.ctx, self.training, self.group = graph, ctx, training, group
         self.pieces = pieces
         self.student_cuts, self.teacher_cuts = Cuts(graph), Cuts(teacher)
+        ordered = any(term.ordered for _, term in training.terms)
         schedule = training.schedule.for_workers(group, ctx.diagnostics)
-        self.schedule = schedule
+        self.schedule = schedule = replace(schedule, ordered=ordered)
         self.mine = schedule.shard(len(ctx.samples), group)
         self.checkpoint = self._checkpoint()
         self.cache = ActivationCache(training.memory, self.checkpoint.folder)
         self.own_cache = self.cache
         if training.quantised_inputs:
             self.own_cache = ActivationCache(training.memory, self.checkpoint.folder)
-        self.sizes: dict[int, dict[str, int]] = {}
+        self.calls: dict[int, Call] = {}
 
     def results(self) -> list[PieceResult]:
         """Train every piece in order."""
@@ -171,9 +172,19 @@ class _Run:
         return found
 
     def _feed(self) -> None:
+        lanes = self.schedule.lanes(len(self.ctx.samples))
+        lane_of = {sample: lane for lane, samples in enumerate(lanes) for sample in samples}
         for sample in self.mine:
-            inputs = self.graph.signature.bind((), self.ctx.samples[sample].inputs)
-            self.sizes[sample] = sizes_of(self.graph.signature, inputs)
+            call = self.ctx.samples[sample]  # read once: a pool keeps its calls on disk
+            inputs = self.graph.signature.bind((), call.inputs)
+            self.calls[sample] = Call(
+                sizes_of(self.graph.signature, inputs),
+                lane_of[sample],
+                call.timestep,
+                call.trajectory,
+                call.step,
+                call.branch,
+            )
             for node, value in zip(self.graph.inputs, inputs, strict=True):
                 self.cache.put(sample, node.name, value)
                 if self.own_cache is not self.cache:
@@ -220,8 +231,7 @@ class _Run:
             self.teacher_cuts,
             self.cache,
             self.own_cache,
-            self.ctx.samples,
-            self.sizes,
+            self.calls,
         )
         try:
             total = len(self.ctx.samples)
@@ -239,7 +249,7 @@ class _Run:
             "terms": outcome.terms,
         }
         if self.group.is_first:
-            self.checkpoint.save(index, piece.name, Saved(params, loss.state, facts))
+            self.checkpoint.save(index, piece.name, Saved(params, facts))
         self.group.wait()
         return PieceResult(piece.name, count, **facts)
 
@@ -248,7 +258,7 @@ class _Run:
     ) -> None:
         error.add_note("the graph keeps the best state before that; try smaller rates")
         if self.group.is_first:
-            saved = Saved(params, {}, {"error": str(error)})
+            saved = Saved(params, {"error": str(error)})
             file = self.checkpoint.save(index, piece.name, saved, good=False)
             if file is not None:
                 error.add_note(f"that state is in {file}")
@@ -262,7 +272,9 @@ class _Run:
         folder = self.training.checkpoint
         if folder is None:
             return Checkpoint(None)
-        texts = [*self.ctx.trail, self.training.text, f"seed {self.ctx.seed}"]
+        # the program's own text holds the schemes, which are in the text of no pass
+        texts = [*self.ctx.trail, self.training.text, f"seed {self.ctx.seed}", str(self.graph)]
+        texts.append(f"batch {self.schedule.batch}")  # grows with the workers
         place = folder / run_key(self.graph, self.ctx.samples, texts)
         place.mkdir(parents=True, exist_ok=True)
         return Checkpoint(place)

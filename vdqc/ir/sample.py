@@ -15,11 +15,13 @@ class Sample:
     Attributes:
         inputs: argument name to tensor, python value, or nested tuple, list or dict of those.
         timestep: the denoising timestep, for statistics per step; None if it has none.
-        trajectory, step: seed of the sampling run that made this call and its number in it, for
+        trajectory, step: seed of the sampling run that made this call and the step of it, for
             what compares neighbouring steps; None if it was not recorded from one.
+        branch: which of a step's calls it is, where guidance calls the model more than once.
     """
 
     inputs: Mapping[str, Any]
     timestep: float | None = None
     trajectory: int | None = None
     step: int | None = None
+    branch: int = 0

@@ -80,11 +80,12 @@ class LossContext:
             [B, C, F, H, W].
         fp_taps, q_taps: what was tapped, by ``tap(site, kind)``.
         frames: frame of each output token, None where unknown or where the output has a frame axis.
-        state: flat name to tensor, what terms remember between calls; the trainer gives each block
-            a dictionary of its own and saves it in checkpoints.
+        state: flat name to tensor, what terms remember between calls; the trainer gives each lane
+            of each block a dictionary of its own.
+        weights: flat name to what ``auto`` found, the same for all lanes of a block.
         attention: the block's attention sites by name.
         fp_rest, q_rest: further outputs (a text stream), in order.
-        trajectory, step: where the sample comes from, if it was recorded from a sampler.
+        trajectory, step, branch: where the sample comes from, if it was recorded from a sampler.
     """
 
     block: str
@@ -96,11 +97,13 @@ class LossContext:
     q_taps: Mapping[str, Tensor] = field(default_factory=dict)
     frames: FrameMap | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
     attention: Mapping[str, AttentionSite] = field(default_factory=dict)
     fp_rest: tuple[Tensor, ...] = ()
     q_rest: tuple[Tensor, ...] = ()
     trajectory: int | None = None
     step: int | None = None
+    branch: int = 0
 
 
 def tap(site: str, kind: str) -> str:
@@ -192,6 +195,14 @@ def total(terms: Terms, ctx: LossContext) -> tuple[Tensor, dict[str, float]]:
         )
         loss = weighted if loss is None else loss + weighted
     assert loss is not None, "parse gives at least one term"
+    if not bool(loss.detach().isfinite()):
+        raise InputError(
+            f"the weighted sum of the loss terms is {float(loss.detach())} at sample "
+            f"{ctx.sample}, timestep {ctx.timestep}: {parts}",
+            "each of them is finite: a weight is too large for their dtype",
+            code="loss-not-finite",
+            site=ctx.block,
+        )
     return loss, parts
 
 
@@ -200,14 +211,14 @@ def auto_weight(
 ) -> float:
     """What makes the first ``size`` of ``term`` that is not zero as large as ``reference``.
 
-    Kept in the block's state from then on; 1 until both are above zero.
+    Kept from then on; 1 until both are above zero.
     """
-    key = term.key(ctx, "auto", part)
-    if key not in ctx.state:
+    key = term.key(ctx, part)
+    if key not in ctx.weights:
         if not (abs(size) > 0 and reference > 0):
             return 1.0
-        ctx.state[key] = ctx.fp_out.new_tensor(reference / abs(size), device="cpu").double()
-    return float(ctx.state[key])
+        ctx.weights[key] = reference / abs(size)
+    return ctx.weights[key]
 
 
 def blame(ctx: LossContext) -> str:
@@ -215,7 +226,9 @@ def blame(ctx: LossContext) -> str:
     named = {
         "the float block's output": ctx.fp_out,
         **{f"the float {name}": value for name, value in ctx.fp_taps.items()},
+        **{f"the float block's output {i}": v for i, v in enumerate(ctx.fp_rest, 1)},
         "the quantised block's output": ctx.q_out,
+        **{f"the quantised block's output {i}": v for i, v in enumerate(ctx.q_rest, 1)},
         **{f"the quantised {name}": value for name, value in ctx.q_taps.items()},
     }
     for name, value in named.items():

@@ -20,6 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vdqc.engine.losses.reduction import Reduction, divisor, widened
 
+#: What a mask adds to logits that no query attends; models write -10000, half precision's minimum
+#: or infinity, and the softmax of anything below this is zero.
+NEVER = -1e3
+
 
 class SalientAxis(enum.StrEnum):
     """``received``: attention that a token gets, its column's sum. ``emitted``: how sharply a token
@@ -169,7 +173,7 @@ def kept_keys(mask: Tensor | None, batch: int) -> Tensor | None:
     if mask.shape[2] > 1 and not bool((mask == mask[:, :, :1]).all()):
         return None
     row = mask[:, 0, 0]
-    keep = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+    keep = row if row.dtype == torch.bool else row > NEVER
     return keep.expand(batch, -1)
 
 

@@ -5,8 +5,9 @@
     F = mean of the outputs of ``window`` consecutive steps, each pixel brought to length 1
     L = sum_i KL(softmax_j(f_i·f_j / temperature) of the float model || of the quantised one)
 
-Every ``window``-th step of a trajectory gives a value, the others 0. A window starts anew where
-the samples are not consecutive steps of one trajectory. Earlier steps are remembered without
+Every ``window``-th step of a trajectory gives a value, the others 0; branches of guidance have
+windows of their own. A window starts anew where the samples are not consecutive steps of one
+trajectory. Earlier steps are remembered without
 gradient: it flows through the last step of the window.
 
 Error: the relation is computed in chunks of rows; it never exists as a whole.
@@ -78,7 +79,7 @@ class SmoothedRelation(LossTerm):
 
     def _window(self, ctx: LossContext, fp: Tensor, q: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Earlier outputs of the window; the present one is remembered unless it is the last."""
-        names = [self.key(ctx, part) for part in ("at", "fp", "q")]
+        names = [self.key(ctx, part, ctx.branch) for part in ("at", "fp", "q")]
         at = _position(ctx)
         held = [ctx.state[name] for name in names] if names[0] in ctx.state else None
         if held is not None and not (_follows(at, held[0]) and held[1].shape[1:] == fp.shape):
