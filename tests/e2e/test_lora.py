@@ -244,6 +244,7 @@ def test_under_torch_compile_a_weight_changes_without_compiling_again(tiny, sour
     tiny.load_lora(state)
     tiny(**call)
     count = counter.frame_count
+    assert tiny.to("cpu") is tiny  # it stays compiled where it is
     for weight in (0.5, -1.0, 0.0):
         tiny.set_lora_weight("default", weight)
         expected = merged(source.model, (state, weight))(**call)
