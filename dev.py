@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Set up an environment of its own and run vdqc in it; needs nothing but Python 3.11 or 3.12.
+"""Set up an environment of its own and run vdqc in it; needs nothing but Python 3.11 to 3.13.
 
     python3 dev.py example        compile the default example and compare it with the float model
-    python3 dev.py test [ARGS]    format, lint, types and tests; ARGS go to pytest instead
+    python3 dev.py test [ARGS]    format, lint, types, GPU kernels compiled offline, tests; ARGS go
+                                  to pytest instead
     python3 dev.py setup          only make the environment
 
 The environment is ``.venv`` (or $VDQC_VENV). On a machine without an NVIDIA GPU torch is installed
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0 if verb == "help" else 2
     if not (3, 11) <= sys.version_info[:2] < (3, 14):
-        print(f"expected Python 3.11 or later, got {sys.version.split()[0]}", file=sys.stderr)
+        print(f"expected Python 3.11 to 3.13, got {sys.version.split()[0]}", file=sys.stderr)
         return 2
     setup()
     if verb == "example":

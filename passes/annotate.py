@@ -3,7 +3,7 @@
 ::
 
     %9 = aten.linear(%8, @blocks.0.attn1.to_q.weight) # site blocks.0.attn1.to_q
-    %9 = aten.linear(%8, @blocks.0.attn1.to_q.weight) # site blocks.0.attn1.to_q w8a8, role q
+    %9 = aten.linear(%8, @blocks.0.attn1.to_q.weight) # site blocks.0.attn1.to_q w8a8
 
 Roles: ``q k v`` (and fusions of them, ``qkv``) reach an attention operand through reshapes, rotary
 embedding and normalisation; ``cross_kv`` are k and v from other tokens than q's; ``attn_out``
@@ -13,7 +13,8 @@ reads the result; ``time_embed``, ``text_embed``, ``patch_embed`` depend on the 
 or the latent and lie before the blocks, ``proj_out`` after them.
 
 Schemes: the last matching rule of the context wins, ``w8a8`` if none. High precision (``none``):
-attention and convolutions (``im2col`` makes linears of them); what the model's class asks for
+attention and convolutions (``im2col`` makes linears of them); weights that depend on an input,
+always, and those that several sites read; what the model's class asks for
 (``keep=hints``); by ``keep=default`` also embeddings, modulation and the output projection, which
 every published recipe leaves alone because they are a percent of the work and carry the
 conditioning. A rule that names a site exactly overrides both.

@@ -11,7 +11,7 @@
 x·D·H·(W·D·H)ᵀ = x·Wᵀ because D (random signs) and H (normalised Hadamard) are orthogonal. An
 outlier channel is spread over its block, so that one large value no longer decides the step of all.
 A learned rotation is P = L ⊗ R over all channels, each factor U·diag(e^s)·Vᵀ·H with rotations U, V
-and Hadamard H (identity where a width has no two Hadamard factors): x·P·(W·P⁻ᵀ)ᵀ = x·Wᵀ at any
+and Hadamard H (the identity for a factor that is no Hadamard order): x·P·(W·P⁻ᵀ)ᵀ = x·Wᵀ at any
 value of the parameters that it leaves free for ``distill``.
 
 Source: Ashkboos et al., QuaRot, arXiv 2404.00456, section 4; Tseng et al., QuIP#, arXiv 2402.04396,

@@ -3,7 +3,8 @@
 ::
 
     aten.scaled_dot_product_attention(%q, %k, %v)  ->
-    vdqc.sparse_attention(%q, %k, %v, @heads, %dense, [F, S, text, first, W], 'svg{density=0.25}')
+    vdqc.sparse_attention(%q, %k, %v, @heads, %dense, [F, S, text, first, W], 'svg{density=0.25}',
+                          scale)
 
 Frames, tokens of a frame and text come from the graph's own sizes, so that another resolution or
 length gets its mask from the policy. ``svg`` gives each head a band in the order of frames or in
@@ -25,7 +26,9 @@ Source: Xi et al., Sparse VideoGen, arXiv 2502.01776, sections 4.1 and 4.2 (head
 steps); Zhang et al., Sliding Tile Attention, arXiv 2502.04507; Zhang et al., Jenga, arXiv
 2505.16864 (mass); Li et al., Radial Attention, arXiv 2506.19852; Zhang et al., SageAttention,
 arXiv 2410.02367, section 4.2 (int8 scores, smoothed keys). Budgets over heads: ours.
-Invariant: at density 1 the function of the graph is unchanged. No density is ever exceeded.
+Invariant: at density 1 and with scores in float the function of the graph is unchanged. Masks keep
+to the density, but for what ``mass`` and blocks that are always on take beyond it; a call too small
+for its density attends to everything, with a warning.
 Online: the gathers that reorder tokens; for ``heads=online`` 64 queries of dense attention, for
 ``topk`` and ``mass`` the means of blocks.
 """

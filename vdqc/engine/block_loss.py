@@ -3,8 +3,8 @@
 Taps of the teacher are computed again in each step instead of being kept: a query and a key of a
 long video are larger than all that the cache holds of a block.
 
-Error: ConfigError for a term that no piece can use; see ``losses.total`` for values that are not
-finite.
+Error: InputError [loss-misfit] for a term that no piece can use; see ``losses.total`` for values
+that are not finite.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class PieceLoss:
 
     @property
     def remembers(self) -> bool:
-        """True if a term depends on the calls before."""
+        """True if a term asks for the samples of a trajectory in order."""
         return any(term.ordered for _, term in self.terms)
 
     def __call__(self, sample: int) -> tuple[Tensor, dict[str, float]]:

@@ -9,7 +9,7 @@ S_j is the attention that token j receives in the float block, over all heads an
 over the self-attention sites whose tokens are the output's. In joint attention the least and the
 greatest are those of the token's own stream (``segments``), since text may receive most of all.
 
-Error: none of its own; low = high = 1 is the block error, bit for bit.
+Error: none of its own; low = high = 1 is the block error of the same reduction, bit for bit.
 Source: Feng et al., S2Q-VDiT, arXiv 2508.04016, section 3.3.
 """
 
