@@ -31,12 +31,13 @@ import enum
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar, final
 
 from torch import fx
 
+from vdqc.base.diagnostics import nearest
 from vdqc.base.scheme import QuantScheme
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir.analysis.dataflow import attention_operands, norm_modulations, residual_adds
@@ -49,7 +50,7 @@ from vdqc.ir.analysis.roles import (
 from vdqc.ir.analysis.tokens import token_frames
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.names import weight_source
-from vdqc.ir.site import Site, SiteKind, set_note
+from vdqc.ir.site import Site, SiteKind, note, set_note
 
 _NONE = QuantScheme.parse("none")
 _DEFAULT = QuantScheme.parse("w8a8")
@@ -63,6 +64,10 @@ class Keep(enum.StrEnum):
     DEFAULT = "default"
     HINTS = "hints"
     NOTHING = "nothing"
+
+
+#: Share of the linears' weights above which a warning says that shared ones stay in float.
+SHARED_MATTERS = 0.2
 
 
 @final
@@ -89,6 +94,8 @@ class Annotate(Pass):
             schemes[site.name] = scheme.text
             set_note(site.node, role=roles[site.name], scheme=scheme.text)
         _tell_of_convolutions(graph, ctx, roles)
+        _tell_of_shared(graph, ctx, shared)
+        _tell_of_unused_rules(graph, ctx)
         return PassResult(
             0,
             {
@@ -167,6 +174,39 @@ def _tell_of_convolutions(graph: Graph, ctx: Context, roles: Mapping[str, str]) 
             f"convolutions hold {share:.0%} of the weights and stay in float",
             "put im2col first in the pass list to quantise them as linears over patches",
         )
+
+
+def _tell_of_shared(graph: Graph, ctx: Context, shared: Collection[fx.Node]) -> None:
+    """Warn where a good part of the weights stays in float because several sites read it."""
+    sites = graph.sites(kind=SiteKind.LINEAR)
+    held = [
+        site
+        for site in sites
+        if weight_source(site.weight) in shared and note(site.node)["scheme"] == _NONE.text
+    ]
+    kept, whole = (
+        sum({weight_source(s.weight): s.weight.meta["val"].numel() for s in group}.values())
+        for group in (held, sites)
+    )
+    if kept > SHARED_MATTERS * whole and any(not rule.scheme.is_none for rule in ctx.rules):
+        ctx.diagnostics.warning(
+            "",
+            "shared-float",
+            f"{kept / whole:.0%} of the weights are read by several sites and stay in float",
+            "a block that runs more than once shares its weights: name a site exactly to "
+            f"quantise it, e.g. '{held[0].name}=<scheme>'",
+        )
+
+
+def _tell_of_unused_rules(graph: Graph, ctx: Context) -> None:
+    """Warn of rules that no linear or convolution matches: a name that was misspelt."""
+    names = [site.name for site in graph.sites() if site.kind is not SiteKind.ATTENTION]
+    for rule in ctx.rules:
+        if names and not any(_selects(rule.select, name) for name in names):
+            advice = nearest(rule.select, names)
+            if not advice.startswith("did you mean"):
+                advice = "vdqc explain lists the sites"  # instead of hundreds of names
+            ctx.diagnostics.warning("", "rule-unused", f"'{rule}' matches no site", advice)
 
 
 # math -------------------------------------------------------------------------------------------

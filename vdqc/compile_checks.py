@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from vdqc.calls import flat_output, users_code
 from vdqc.engine.pass_manager import Context, PassManager, PassRecord, probe_output
 from vdqc.ir.finished import Piece
 from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.names import weight_source
 from vdqc.ir.resume import WeightWork, finish, share
+from vdqc.ir.site import SiteKind
 from vdqc.ir.source import Source
+from vdqc.ir.weights import STORED_DTYPES
 from vdqc.lowering.lower import lower
 from vdqc.lowering.select import KernelChoice
 
@@ -59,23 +62,38 @@ def check_capture(graph: Graph, manager: PassManager, expected: Tensor | None) -
 
 
 def check_weights(graph: Graph, progress: Progress = lambda items, description: items) -> None:
-    """Raise InputError naming the first weight that holds NaN or infinity; one pass over them."""
+    """Raise InputError naming the first weight that cannot be meant; one pass over them.
+
+    Nothing may hold NaN, nor a dtype that no file holds; what a site reads may hold no infinity,
+    which is how a mask among the buffers says "never".
+    """
+    sites = [site.node for site in graph.sites() if site.kind is not SiteKind.ATTENTION]
+    operands = [node for site in sites for node in site.all_input_nodes[1:]]
+    read = {str(source.target) for node in operands if (source := weight_source(node)) is not None}
     nodes = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
     batches = _batches(nodes.values(), CHECKED_BYTES)
-    works = [WeightWork("check", b, functools.partial(_check_finite, graph, b)) for b in batches]
+    works = [WeightWork("check", b, functools.partial(_check, graph, b, read)) for b in batches]
     share(graph, works, "check weights", progress)
     for work in progress(works, "check weights"):
         finish(graph, work)
 
 
-def _check_finite(graph: Graph, nodes: Iterable[fx.Node]) -> Piece:
+def _check(graph: Graph, nodes: Iterable[fx.Node], read: Collection[str]) -> Piece:
     for name in (str(node.target) for node in nodes):
         value = graph.param(name)
+        if value.dtype not in STORED_DTYPES.values():
+            raise InputError(
+                f"expected a weight that a safetensors file can hold, got {value.dtype}",
+                "keep it in another dtype: complex64 instead of complex128",
+                code="dtype",
+                site=name,
+            )
         if not value.is_floating_point() or not value.numel() or value.itemsize < 2:
             continue
         low, high = torch.aminmax(value)  # NaN spreads to both: no mask as large as the weight
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            bad = int((~torch.isfinite(value)).sum())
+        wrong = _not_finite if name in read else torch.isnan
+        if bool(wrong(low) | wrong(high)):
+            bad = int(wrong(value).sum())
             raise InputError(
                 f"the weight holds NaN or infinity in {bad} of {value.numel()} places",
                 "expected finite weights: load or train the model again",
@@ -83,6 +101,10 @@ def _check_finite(graph: Graph, nodes: Iterable[fx.Node]) -> Piece:
                 site=name,
             )
     return Piece()
+
+
+def _not_finite(value: Tensor) -> Tensor:
+    return ~value.isfinite()
 
 
 def _batches(nodes: Iterable[fx.Node], most: int) -> Iterator[list[fx.Node]]:

@@ -15,7 +15,7 @@ from typing import Any, final
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from vdqc import report
 from vdqc.aot import PACKAGE, package
@@ -44,7 +44,7 @@ from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.resume import SAID, resumable, run_facts
 from vdqc.ir.sample import Sample
-from vdqc.ir.source import Source, load_source
+from vdqc.ir.source import Source, check_samples, load_source
 from vdqc.ir.weights import return_freed_memory
 from vdqc.lowering.between import between_sites
 from vdqc.lowering.precompile import CUBINS, check_precompiles
@@ -278,7 +278,9 @@ def as_source(
         raise InputError(f"expected no component beside a module, got '{component}'")
     if samples is None:
         raise InputError("expected samples of the model's calls", "pass samples=[Sample({...})]")
-    return Source(model.eval(), list(samples), name=type(model).__name__)
+    calls = [samples] if isinstance(samples, Sample) else list(samples)
+    check_samples(model, calls)
+    return Source(model.eval(), calls, name=type(model).__name__)
 
 
 def capture_source(source: Source, diagnostics: Diagnostics) -> tuple[Graph, PassRecord]:
@@ -313,7 +315,8 @@ def save_probe(graph: Graph, sample: Sample, folder: Path) -> None:
     """Keep the first sample's tensors beside the program, so that ``vdqc run`` needs no source."""
     values = graph.signature.bind((), sample.inputs)
     tensors = {
-        entry.path: (value if isinstance(value, Tensor) else torch.tensor(value)).contiguous()
+        # copies: a call may give one tensor under two names, which a file refuses
+        entry.path: torch.as_tensor(value).detach().clone(memory_format=torch.contiguous_format)
         for entry, value in zip(graph.signature.inputs, values, strict=True)
     }
     place = folder / PROBE

@@ -62,7 +62,7 @@ def run(
     start = time.perf_counter()
     outputs = compiled.program(*inputs)
     seconds = time.perf_counter() - start
-    tensors = {f"output_{index}": value for index, value in enumerate(outputs)}
+    tensors = {f"output_{i}": value for i, value in enumerate(outputs) if isinstance(value, Tensor)}
     return RunResult(tensors, seconds, "one forward pass on the probe")
 
 
@@ -78,6 +78,11 @@ def write_frames(result: RunResult, folder: Path) -> None:
     video = result.tensors.get("video")
     if video is None:
         raise InputError("expected a generated video, got one forward pass", "give --model")
+    if video.ndim not in (4, 5):
+        raise InputError(
+            f"expected images [N, C, H, W] or videos [N, C, F, H, W], generate() gave "
+            f"{list(video.shape)}"
+        )
     video = video if video.ndim == 5 else video.unsqueeze(2)
     folder.mkdir(parents=True, exist_ok=True)
     for n, frames in enumerate(video):
@@ -87,4 +92,5 @@ def write_frames(result: RunResult, folder: Path) -> None:
 
 def write_tensors(result: RunResult, file: Path) -> None:
     """The output tensors as safetensors."""
-    save_file({name: tensor.contiguous() for name, tensor in result.tensors.items()}, file)
+    copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in result.tensors.items()}
+    save_file(copies, file)

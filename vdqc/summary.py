@@ -198,9 +198,9 @@ def ran(result: RunResult, where: str | None) -> str:
     """``vdqc run``."""
     lines = [f"{result.what}: {duration(result.seconds)}"]
     for name, tensor in result.tensors.items():
-        low, high = float(tensor.min()), float(tensor.max())
         dtype = str(tensor.dtype).removeprefix("torch.")
-        lines.append(f"{name}  {dtype}{list(tensor.shape)}, {low:.4g} to {high:.4g}")
+        span = f", {float(tensor.min()):.4g} to {float(tensor.max()):.4g}" if tensor.numel() else ""
+        lines.append(f"{name}  {dtype}{list(tensor.shape)}{span}")
     if where:
         lines.append(f"written to {where}")
     return "\n".join(lines)

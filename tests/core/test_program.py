@@ -168,6 +168,7 @@ HOSTILE = {
     "code in a node name": lambda d: node(d, LINEAR).update(name="x = __import__('os')"),
     "code in an argument name": lambda d: node(d, LINEAR).update(kwargs={"a=1, **b": 1}),
     "code in a weight name": lambda d: node(d, "get_attr").update(weight="a');import os#"),
+    "a quote in a weight name": lambda d: node(d, "get_attr").update(weight='a");import os#'),
     "weight that is a method": lambda d: node(d, "get_attr").update(weight="forward"),
     "weight behind an attribute": lambda d: node(d, "get_attr").update(weight="__class__.x"),
     "weight that is not there": lambda d: node(d, "get_attr").update(weight="other.weight"),

@@ -138,6 +138,7 @@ def test_a_weight_that_varies_or_is_shared_stays_in_float() -> None:
     assert set(remarks(ctx)) == {
         ("fc", "weight-shared"),
         ("fc#2", "weight-shared"),
+        ("", "shared-float"),
         ("table_linear", "weight-varies"),
     }
     assert set(schemes(graph).values()) == {"none"}

@@ -35,7 +35,14 @@ from vdqc.ir.origin import Origin
 from vdqc.ir.relations import Symbols, check_example
 from vdqc.ir.repairs import PlainRepeats, repaired
 from vdqc.ir.sample import Sample
-from vdqc.ir.signature import IntInput, Signature, TensorInput, call_leaves, describe_output
+from vdqc.ir.signature import (
+    IntInput,
+    Signature,
+    TensorInput,
+    call_leaves,
+    describe_output,
+    is_known_output,
+)
 from vdqc.ir.weights import StoredTensor
 
 
@@ -70,8 +77,9 @@ def capture(
     leaves = call_leaves(plan.call)
     check_example(guards, sizes, [leaves[entry.path] for entry in signature_inputs])
     with _quiet():
-        module = plain_module(exported.run_decompositions({}))
+        module = plain_module(_decomposed(exported))
     _drop_baked_inputs(module, names)
+    _refuse_writes(module)
     output_class, output_fields = describe_output(exported.call_spec.out_spec)
     signature = Signature(
         tuple(parameters),
@@ -85,9 +93,38 @@ def capture(
         tuple(name for name in plan.promoted if name in {e.path for e in signature_inputs}),
     )
     _say_what_froze(plan, signature, diagnostics)
+    if not is_known_output(output_class):
+        diagnostics.warning(
+            "",
+            "output-class",
+            f"the forward returns {output_class}, which a loaded program does not import",
+            "call it with return_dict=False: it then returns the fields as a tuple",
+        )
     for sentence in repairs:
         diagnostics.remark("", "capture-repair", sentence)
     return Graph(module, signature, origin=origin_of(model, tuple(repairs)))
+
+
+def _decomposed(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    try:
+        return exported.run_decompositions({})
+    except RuntimeError as error:
+        raise CaptureError(
+            f"the exported program cannot be decomposed: {str(error).splitlines()[0]}",
+            "a module of the model may have a name that fx needs (code, graph): rename it",
+        ) from error
+
+
+def _refuse_writes(module: fx.GraphModule) -> None:
+    """Raise CaptureError where the forward changes an argument or a buffer."""
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.copy_.default:
+            raise CaptureError(
+                f"the forward writes into '{getattr(node.args[0], 'target', node.args[0])}'",
+                "expected one that leaves its arguments and buffers as they are: x = x * 2 "
+                "instead of x *= 2",
+                code="writes",
+            )
 
 
 def _capture_stored(

@@ -51,8 +51,9 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-_WEIGHT = re.compile(r"\w+(\.\w+)*", re.ASCII)
-_MODULE_ATTRIBUTES = frozenset(dir(fx.GraphModule)) | {"training"}
+#: A ``ModuleDict`` may name a module anything; fx writes a part that is no word in double quotes.
+_PART = r"""[^."'\\\x00-\x1f\x7f]+"""
+_WEIGHT = re.compile(rf"{_PART}(\.{_PART})*")
 
 
 # -- writing --------------------------------------------------------------------------------
@@ -287,19 +288,25 @@ class _Reader:
         owner = self.root
         for part in path:
             if part not in owner._modules:
-                _check_free(owner, part, name)
+                self._check_free(owner, part, name)
                 owner.add_module(part, nn.Module())
             child = owner._modules[part]
             assert child is not None
             owner = child
         if leaf in owner._parameters or leaf in owner._buffers:
             return name
-        _check_free(owner, leaf, name)
+        self._check_free(owner, leaf, name)
         if value.is_floating_point() or value.is_complex():
             owner.register_parameter(leaf, nn.Parameter(value, requires_grad=name in self.free))
         else:
             owner.register_buffer(leaf, value)
         return name
+
+    def _check_free(self, owner: nn.Module, part: str, name: str) -> None:
+        """A weight must not take the place of a method: ``forward``, ``_apply``, ``__class__``."""
+        taken = dir(fx.GraphModule if owner is self.root else nn.Module)
+        if part == "training" or part in taken or part in {*owner._modules, *owner._parameters}:
+            raise ArtifactError(f"'{name}' cannot be the name of a weight: '{part}' is taken")
 
 
 def decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
@@ -325,12 +332,6 @@ def decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
             if isinstance(found, getattr(torch, kind)):
                 return found
     raise ArtifactError(f"operand {json.dumps(value)[:80]} is not understood")
-
-
-def _check_free(owner: nn.Module, part: str, name: str) -> None:
-    """A weight must not take the place of a method: ``forward``, ``_apply``, ``__class__``."""
-    if part in _MODULE_ATTRIBUTES or part in owner._modules or part in owner._parameters:
-        raise ArtifactError(f"'{name}' cannot be the name of a weight: '{part}' is taken")
 
 
 def _word(text: Any) -> str:

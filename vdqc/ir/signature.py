@@ -12,6 +12,7 @@ import ast
 import importlib
 import math
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
@@ -235,9 +236,17 @@ def describe_output(spec: pytree.TreeSpec) -> tuple[str, tuple[str, ...]]:
         )
     if spec.type in (tuple, list):
         return spec.type.__name__, ("",) * spec.num_children
-    path = "dict" if spec.type is dict else f"{spec.type.__module__}.{spec.type.__qualname__}"
-    keys = spec.context[0] if isinstance(spec.context, tuple) else spec.context
-    return path, tuple(str(key) for key in keys)
+    is_dict = spec.type in (dict, OrderedDict)
+    path = "dict" if is_dict else f"{spec.type.__module__}.{spec.type.__qualname__}"
+    keys = spec.context
+    if isinstance(keys, tuple) or (isinstance(keys, list) and keys and isinstance(keys[0], list)):
+        keys = keys[0]  # the names, and what the class says beside them
+    if not isinstance(keys, Sequence) or not all(isinstance(key, str) for key in keys):
+        raise CaptureError(
+            f"expected an output with names as keys, got {spec.type.__name__}",
+            "return tensors, a tuple or dictionary of tensors, or a ModelOutput of tensors",
+        )
+    return path, tuple(keys)
 
 
 def _promote(value: Any, entry: TensorInput, dtype: torch.dtype, symbols: Mapping[str, int]) -> Any:
@@ -274,6 +283,11 @@ def _short(value: Any) -> str:
 
 
 _OUTPUT_PACKAGES = ("diffusers.", "transformers.")
+
+
+def is_known_output(path: str) -> bool:
+    """True for an output class that a loaded program may make."""
+    return path in ("", "dict", "tuple", "list") or path.startswith(_OUTPUT_PACKAGES)
 
 
 def output_type(path: str) -> Callable[..., Any]:

@@ -94,7 +94,7 @@ def _load_file(path: Path) -> Source:
             raise InputError(f"expected model() to return an nn.Module, got {type(model).__name__}")
         with _blame(path, "samples()"):
             samples = list(make_samples())
-    _check_samples(model, samples)
+    check_samples(model, samples)
     return Source(
         model.eval(),
         samples,
@@ -170,14 +170,15 @@ def _function(module: ModuleType, path: Path, name: str) -> Callable[[], Any]:
     return found
 
 
-def _check_samples(model: nn.Module, samples: Sequence[Any]) -> None:
+def check_samples(model: nn.Module, samples: Sequence[Any]) -> None:
+    """Raise InputError unless there are samples, and ``forward`` takes the arguments of each."""
     if not samples:
-        raise InputError("expected samples() to give at least one sample, got none")
+        raise InputError("expected at least one sample of the model's calls, got none")
     parameters = forward_parameters(model)
     for index, sample in enumerate(samples):
         if not isinstance(sample, Sample):
             raise InputError(
-                f"expected samples() to give vdqc.Sample, sample {index} is a "
+                f"expected every sample to be a vdqc.Sample, sample {index} is a "
                 f"{type(sample).__name__}",
                 'wrap the arguments of forward: Sample({"hidden_states": x, ...}, timestep=t)',
             )
