@@ -169,8 +169,9 @@ class Thresholds:
             if not values:
                 raise InputError(
                     f"expected a whole generation to measure {what}, got none",
-                    "the model file needs generate(model, seed)"
-                    + (" and accuracy(video, seed)" if what == "accuracy" else ""),
+                    "the model file needs generate(model, seed), which gives images [N, C, H, W] "
+                    "or videos [N, C, F, H, W]"
+                    + (", and accuracy(video, seed)" if what == "accuracy" else ""),
                 )
             worst = min(values)
             if worst < wanted:

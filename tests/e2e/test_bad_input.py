@@ -363,6 +363,9 @@ def test_a_threshold_that_cannot_be_measured(capsys, artifact, model_file):
     edited(model_file, "def accuracy(", "def other(")
     err = refused(capsys, "check", artifact, "--model", model_file, "--min-accuracy", "0.5")
     assert "accuracy(video, seed)" in err
+    arguments = ["check", str(artifact), "--model", str(model_file), "--min-accuracy", "0.5"]
+    assert main([*arguments, "-o", "found.json"]) == 2
+    assert json.loads(Path("found.json").read_text())["sqnr_db"] > 0  # what was measured is kept
 
 
 def test_another_model_than_the_one_compiled(capsys, artifact, model_file):

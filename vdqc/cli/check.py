@@ -69,11 +69,13 @@ def run(options: argparse.Namespace) -> int:
         predicted=predicted_seconds(found.manifest),
         progress=progress,
     )
-    misses = wanted.misses(result)
-    data = {**result.to_json(), "misses": misses}
-    if options.out:
-        Path(options.out).write_text(json.dumps(data, indent=2) + "\n")
     if options.report:
         Path(options.report).write_text(report.render(report_data(found), result))
+    data = result.to_json()
+    try:
+        misses = data["misses"] = wanted.misses(result)
+    finally:  # what was measured is kept, also where a threshold was not
+        if options.out:
+            Path(options.out).write_text(json.dumps(data, indent=2) + "\n")
     show(options, data, summary.checked(result, misses, options.report))
     return FAILED if misses else OK
