@@ -19,10 +19,9 @@ Source: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4; Feng et al., Qua
 2509.21302, section 3.2 (scale behind a rotation, learned); Lin et al., AWQ, arXiv 2306.00978,
 equations 4 and 5 (mean magnitude, grid of 20).
 Invariant: the function of the graph is unchanged. A group is scaled once on either side of its
-rotation. Scales are positive and finite; a channel that is zero on either side keeps scale 1 (of
-the balanced form). In
-half precision they are powers of two, so that multiplying and dividing by them rounds nothing
-(within a factor sqrt(2) of equation 4), unless they are learned.
+rotation. Scales are positive and finite; by the balanced form a channel that is zero on either side
+keeps scale 1. In half precision they are powers of two, so that multiplying and dividing by them
+rounds nothing (within a factor sqrt(2) of equation 4), unless they are learned.
 Online: one multiply per group, which ``fold`` removes where a norm, a modulation or a linear
 above can carry it, and which kernels fuse into the quantiser where none can.
 """

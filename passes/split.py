@@ -19,8 +19,8 @@ own.
 Source: Li et al., SVDQuant, arXiv 2411.05007, section 4.2; Feng et al., Q-VDiT, arXiv 2505.22167,
 section 3.2 (token-aware estimator); Feng et al., MPQ-DMv2, arXiv 2507.04290, figure 2
 (initialisation from the error; placement and scaling of the factors are ours).
-Invariant: svd leaves the function as it is, and so does tqe with
-``init=zero`` until it is trained; biases stay.
+Invariant: svd leaves the function as it is, and so does tqe with ``init=zero`` until it is trained;
+biases stay.
 Online: 2·R·(K + N) operations a token beside the 2·K·N of the linear.
 """
 
