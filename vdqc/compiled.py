@@ -26,7 +26,7 @@ from vdqc.lowering.precompile import offer_precompiled
 from vdqc.lowering.prepare import compile_blocks, prepare
 from vdqc.lowering.residual import has_residuals, split
 from vdqc.packaged import PackagedProgram
-from vdqc.placement import check_machine, destination
+from vdqc.placement import check_machine, destination, name_device
 from vdqc.residual_cache import ResidualCache
 from vdqc.stand_in import TracedBinding, config_object, output_builder
 
@@ -302,9 +302,12 @@ class CompiledModel(nn.Module):
         return self._adapters
 
     def _rebuilt(self) -> None:
-        """Prepare the program anew after an edit; compile it if it was compiled."""
-        _retarget(self.program, self.device)
-        self._prepare_again()
+        """Prepare the program anew after an edit or a move; compile it if it was compiled."""
+        name_device(self.program, self.device)
+        compiled = self._compiled
+        self._prepare()
+        if compiled:
+            self.compile(**self._options)
 
     def extra_repr(self) -> str:
         """Class, dtype and target."""
@@ -329,15 +332,9 @@ class CompiledModel(nn.Module):
         moved = probe.device != self.device
         super()._apply(fn, recurse)
         edited = self._cache is not None or self._adapters is not None
-        if _retarget(self.program, probe.device) or (edited and moved):
-            self._prepare_again()
+        if name_device(self.program, probe.device) or (edited and moved):
+            self._rebuilt()
         return self
-
-    def _prepare_again(self) -> None:
-        compiled = self._compiled
-        self._prepare()
-        if compiled:
-            self.compile(**self._options)
 
     def _prepare(self) -> None:
         """Make the form that compilers see; it shares the program's weights and is not a child."""
@@ -396,16 +393,3 @@ def _original_names(
 def _program_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for key in [key for key in state if key.startswith(prefix)]:
         state[prefix + _PROGRAM + key.removeprefix(prefix)] = state.pop(key)
-
-
-def _retarget(program: fx.GraphModule, device: torch.device) -> bool:
-    """Rewrite devices that the program names; True if any changed."""
-    changed = False
-    for node in program.graph.nodes:
-        named = node.kwargs.get("device")
-        if isinstance(named, torch.device) and named != device:
-            node.update_kwarg("device", device)
-            changed = True
-    if changed:
-        program.recompile()
-    return changed

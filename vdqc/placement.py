@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from vdqc.base.diagnostics import ArtifactError, InputError
@@ -69,6 +69,19 @@ def destination(move: Callable[[Tensor], Tensor], dtype: torch.dtype, target: Ta
     if moved.device.type == "cuda" and target.device == "cpu":
         raise _unfit(target, str(moved.device))
     return moved
+
+
+def name_device(program: fx.GraphModule, device: torch.device) -> bool:
+    """Write ``device`` where the program names another; True if any changed."""
+    changed = False
+    for node in program.graph.nodes:
+        named = node.kwargs.get("device")
+        if isinstance(named, torch.device) and named != device:
+            node.update_kwarg("device", device)
+            changed = True
+    if changed:
+        program.recompile()
+    return changed
 
 
 def _wanted(move: Callable[[Tensor], Tensor], dtype: torch.dtype) -> str:
