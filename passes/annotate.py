@@ -203,10 +203,9 @@ def _tell_of_unused_rules(graph: Graph, ctx: Context) -> None:
     names = [site.name for site in graph.sites() if site.kind is not SiteKind.ATTENTION]
     for rule in ctx.rules:
         if names and not any(_selects(rule.select, name) for name in names):
-            advice = nearest(rule.select, names)
-            if not advice.startswith("did you mean"):
-                advice = "vdqc explain lists the sites"  # instead of hundreds of names
-            ctx.diagnostics.warning("", "rule-unused", f"'{rule}' matches no site", advice)
+            ctx.diagnostics.warning(
+                "", "rule-unused", f"'{rule}' matches no site", nearest(rule.select, names)
+            )
 
 
 # math -------------------------------------------------------------------------------------------

@@ -135,8 +135,15 @@ class ArtifactError(InputError):
     code = "artifact"
 
 
+#: Words that an error lists at most: a model has hundreds of sites.
+_LISTED = 40
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A sentence that offers what the user may have meant, or lists what there is."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    if close:
+        return f"did you mean '{close[0]}'?"
+    more = f", ... ({len(known)} in all)" if len(known) > _LISTED else ""
+    return f"known: {', '.join(known[:_LISTED])}{more}"
