@@ -22,6 +22,7 @@ from vdqc.engine.block_module import BlockModule, Cuts, Piece, attention_nodes
 from vdqc.engine.frames import FrameMap, site_frames, sizes_of
 from vdqc.engine.losses import AttentionSite, LossContext, LossTerm, Terms, total
 from vdqc.engine.pass_manager import Context
+from vdqc.ir.sample import Sample
 from vdqc.ir.site import note
 
 
@@ -31,16 +32,14 @@ class Call:
     """What a loss must know of a sample without reading it again.
 
     Attributes:
+        place: the sample without its inputs: where it stands on its trajectory.
         sizes: of the call's axes, by symbol.
         lane: of those that samples are dealt into; terms remember within one.
     """
 
+    place: Sample
     sizes: Mapping[str, int]
-    lane: int = 0
-    timestep: float | None = None
-    trajectory: int | None = None
-    step: int | None = None
-    branch: int = 0
+    lane: int
 
 
 @final
@@ -129,7 +128,7 @@ class PieceLoss:
         ctx = LossContext(
             block=self.piece.name,
             sample=sample,
-            timestep=call.timestep,
+            timestep=call.place.timestep,
             fp_out=wanted[main],
             q_out=made[main],
             fp_taps=fp_taps,
@@ -140,9 +139,9 @@ class PieceLoss:
             attention=sites,
             fp_rest=tuple(wanted[key] for key in rest),
             q_rest=tuple(made[key] for key in rest),
-            trajectory=call.trajectory,
-            step=call.step,
-            branch=call.branch,
+            trajectory=call.place.trajectory,
+            step=call.place.step,
+            branch=call.place.branch,
         )
         return total(self.terms, ctx)
 

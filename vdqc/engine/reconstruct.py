@@ -177,14 +177,8 @@ class _Run:
         for sample in self.mine:
             call = self.ctx.samples[sample]  # read once: a pool keeps its calls on disk
             inputs = self.graph.signature.bind((), call.inputs)
-            self.calls[sample] = Call(
-                sizes_of(self.graph.signature, inputs),
-                lane_of[sample],
-                call.timestep,
-                call.trajectory,
-                call.step,
-                call.branch,
-            )
+            sizes = sizes_of(self.graph.signature, inputs)
+            self.calls[sample] = Call(replace(call, inputs={}), sizes, lane_of[sample])
             for node, value in zip(self.graph.inputs, inputs, strict=True):
                 self.cache.put(sample, node.name, value)
                 if self.own_cache is not self.cache:
