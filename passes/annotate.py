@@ -28,7 +28,6 @@ Online: nothing.
 from __future__ import annotations
 
 import enum
-import fnmatch
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -49,7 +48,7 @@ from vdqc.ir.analysis.roles import (
 )
 from vdqc.ir.analysis.tokens import token_frames
 from vdqc.ir.graph import Graph, Stage
-from vdqc.ir.names import weight_source
+from vdqc.ir.names import selects, weight_source
 from vdqc.ir.site import Site, SiteKind, note, set_note
 
 _NONE = QuantScheme.parse("none")
@@ -109,7 +108,7 @@ class Annotate(Pass):
         self, graph: Graph, ctx: Context, site: Site, role: str, shared: set[fx.Node]
     ) -> QuantScheme:
         """The scheme of one linear site, after everything that may keep it in float."""
-        matching = [rule for rule in ctx.rules if _selects(rule.select, site.name)]
+        matching = [rule for rule in ctx.rules if selects(rule.select, site.name)]
         scheme = matching[-1].scheme if matching else _DEFAULT
         exact = bool(matching) and matching[-1].select == site.name
         if scheme.is_none:
@@ -139,10 +138,6 @@ class Annotate(Pass):
 
 
 # match ------------------------------------------------------------------------------------------
-
-
-def _selects(pattern: str, name: str) -> bool:
-    return pattern == name or fnmatch.fnmatchcase(name, pattern)
 
 
 def _hint(name: str, patterns: tuple[str, ...]) -> str | None:
@@ -202,7 +197,7 @@ def _tell_of_unused_rules(graph: Graph, ctx: Context) -> None:
     """Warn of rules that no linear or convolution matches: a name that was misspelt."""
     names = [site.name for site in graph.sites() if site.kind is not SiteKind.ATTENTION]
     for rule in ctx.rules:
-        if names and not any(_selects(rule.select, name) for name in names):
+        if names and not any(selects(rule.select, name) for name in names):
             ctx.diagnostics.warning(
                 "", "rule-unused", f"'{rule}' matches no site", nearest(rule.select, names)
             )

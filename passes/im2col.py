@@ -52,6 +52,7 @@ class Im2col(Pass):
     name: ClassVar[str] = "im2col"
     at: ClassVar[frozenset[Stage]] = frozenset({Stage.CAPTURED})
     exact: ClassVar[bool] = True
+    takes: ClassVar[SiteKind] = SiteKind.CONV
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Respell; the facts are counts of kernels."""

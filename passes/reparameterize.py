@@ -70,6 +70,7 @@ class Reparameterize(Pass):
     name: ClassVar[str] = "reparameterize"
     at: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED, Stage.COMPRESSED})
     exact: ClassVar[bool] = False
+    takes: ClassVar[SiteKind] = SiteKind.ATTENTION
 
     def __post_init__(self) -> None:
         self.policy("")

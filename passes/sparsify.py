@@ -36,7 +36,6 @@ Online: the gathers that reorder tokens; for ``heads=online`` 64 queries of dens
 from __future__ import annotations
 
 import enum
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -53,6 +52,7 @@ from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.engine.video_attention import LAYOUT, layouts, obstacle, padding
 from vdqc.ir.analysis.key_masks import KeyMask
 from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.names import selects
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.site import Site, SiteKind, note
 from vdqc.ir.size_nodes import SizeNodes, timestep_input
@@ -99,7 +99,7 @@ class Sparsify(Pass):
         sinks: leading frames that every query attends to (SVG uses 1 where text is not joined in).
         mass: probability that ``mass`` reaches, 0.6 if not given.
         scores: ``float``, or ``int8`` from codes of queries and keys.
-        dense: glob of sites that stay dense.
+        dense: glob of sites that stay dense, several as ``a|b``.
         dense_steps: share of steps that stay dense, from the noisy end.
         select: glob of sites.
     """
@@ -119,6 +119,7 @@ class Sparsify(Pass):
     name: ClassVar[str] = "sparsify"
     at: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED, Stage.COMPRESSED})
     exact: ClassVar[bool] = False
+    takes: ClassVar[SiteKind] = SiteKind.ATTENTION
 
     def __post_init__(self) -> None:
         base = self.base
@@ -179,7 +180,7 @@ class Sparsify(Pass):
     def _matches(self, site: Site, mask: KeyMask | None, ctx: Context) -> bool:
         """True if ``site`` is dense self-attention over frames; says why it is not."""
         reason = obstacle(site, mask)
-        if not reason and self.dense and fnmatch.fnmatchcase(site.name, self.dense):
+        if not reason and self.dense and selects(self.dense, site.name):
             reason = "dense", f"it matches dense={self.dense}"
         if not reason:
             return True

@@ -20,15 +20,16 @@ class Scale(Pass):
     """Multiplies the input of every linear; claims to be exact, which holds for factor 1."""
 
     factor: float = 1.0
+    select: str = "*"
     name: ClassVar[str] = "scale"
     at: ClassVar[frozenset[Stage]] = frozenset({Stage.CAPTURED})
     exact: ClassVar[bool] = True
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
-        for site in graph.sites():
+        for site in graph.sites(self.select):
             scaled = graph.call(aten.mul.Tensor, site.input, self.factor, before=site.node)
             graph.set_operand(site.node, 0, scaled)
-        return PassResult(len(graph.sites()))
+        return PassResult(len(graph.sites(self.select)))
 
 
 @final
@@ -84,6 +85,15 @@ def test_nan_is_caught() -> None:
 def test_text_shows_only_what_differs_from_the_defaults() -> None:
     assert str(Scale()) == "scale"
     assert str(Scale(factor=0.5)) == "scale{factor=0.5}"
+
+
+def test_a_glob_that_matches_nothing_is_told_of() -> None:
+    graph, ctx = graph_and_context()
+    (record,) = PassManager([Scale(select="0|blocks.*")]).run(graph, ctx)
+    assert record.rewrites == 1
+    told = {entry.code: str(entry) for entry in ctx.diagnostics}
+    assert "scale.select: 'blocks.*' matches no linear site" in told["glob-unused"]
+    assert "known: 0" in told["glob-unused"]
 
 
 def test_instruments_see_each_pass() -> None:

@@ -19,15 +19,26 @@ import torch
 from torch import Tensor, fx
 
 from vdqc.base import numerics
-from vdqc.base.diagnostics import Diagnostics, InputError, OrderError, VdqcError, VerifyError
+from vdqc.base.diagnostics import (
+    Diagnostics,
+    InputError,
+    OrderError,
+    VdqcError,
+    VerifyError,
+    nearest,
+)
 from vdqc.base.scheme import QuantScheme
 from vdqc.base.target import TARGETS, Target
 from vdqc.engine.calibrate import ActivationStats, activation_stats
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import frozen
-from vdqc.ir.names import module_path, source_line
+from vdqc.ir.names import module_path, selects, source_line
 from vdqc.ir.sample import Sample
+from vdqc.ir.site import SiteKind
 from vdqc.ir.verifier import verify
+
+#: Options of passes that are globs of sites.
+_GLOBS = ("select", "dense")
 
 
 @final
@@ -110,6 +121,8 @@ class Pass(abc.ABC):
     exact: ClassVar[bool]
     #: True for a pass that compares with the float graph, ``Context.teacher``.
     wants_teacher: ClassVar[bool] = False
+    #: The kind of site that its option ``select`` names.
+    takes: ClassVar[SiteKind] = SiteKind.LINEAR
 
     @abc.abstractmethod
     def run(self, graph: Graph, ctx: Context) -> PassResult:
@@ -260,6 +273,7 @@ class PassManager:
         return ctx.probe_inputs(graph)
 
     def _apply(self, item: Pass, graph: Graph, ctx: Context) -> PassResult:
+        _tell_of_unused_globs(item, graph, ctx)
         try:
             with graph.edited_by(str(item)):
                 result = item.run(graph, ctx)
@@ -269,6 +283,20 @@ class PassManager:
         graph.stage = item.to if item.to is not None else graph.stage
         graph.clean()
         return result
+
+
+def _tell_of_unused_globs(item: Pass, graph: Graph, ctx: Context) -> None:
+    """Warn of globs among the options of ``item`` that match no site: names that were misspelt."""
+    names = [site.name for site in graph.sites(kind=item.takes)]
+    for option in _GLOBS:
+        for glob in filter(None, str(getattr(item, option, "")).split("|")):
+            if names and not any(selects(glob, name) for name in names):
+                ctx.diagnostics.warning(
+                    "",
+                    "glob-unused",
+                    f"{item.name}.{option}: '{glob}' matches no {item.takes} site",
+                    nearest(glob, names),
+                )
 
 
 def _wants_teacher(passes: Sequence[Pass]) -> bool:

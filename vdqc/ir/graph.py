@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import enum
-import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from vdqc.ir.attributes import attribute, owner
 from vdqc.ir.blocks import Block, blocks_of
 from vdqc.ir.finished import Finished
 from vdqc.ir.interpreter import Interpreter
-from vdqc.ir.names import name_sites
+from vdqc.ir.names import name_sites, selects
 from vdqc.ir.origin import Origin
 from vdqc.ir.signature import Signature
 from vdqc.ir.site import Site, SiteKind, note, set_note
@@ -100,13 +99,11 @@ class Graph:
 
     def sites(self, select: str = "*", kind: SiteKind | None = None) -> list[Site]:
         """Sites that match the glob ``select``, or one of several in ``a|b``, in program order."""
-        globs = select.split("|")
         found = [_site(node) for node in self.module.graph.nodes if "site" in note(node)]
         return [
             site
             for site in found
-            if (kind is None or site.kind is kind)
-            and any(fnmatch.fnmatchcase(site.name, glob) for glob in globs)
+            if (kind is None or site.kind is kind) and selects(select, site.name)
         ]
 
     def site(self, name: str) -> Site:

@@ -5,6 +5,7 @@ A site is named after the module whose weight it reads, or that calls the attent
 
 from __future__ import annotations
 
+import fnmatch
 import re
 
 from torch import fx
@@ -48,6 +49,11 @@ def weight_source(node: fx.Node) -> fx.Node | None:
             return None
         node = first
     return node if node.op == "get_attr" else None
+
+
+def selects(globs: str, name: str) -> bool:
+    """True if ``name`` is or matches the glob, or one of several in ``a|b``."""
+    return name == globs or any(fnmatch.fnmatchcase(name, glob) for glob in globs.split("|"))
 
 
 def name_sites(graph: fx.Graph) -> None:
