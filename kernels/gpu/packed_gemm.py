@@ -307,8 +307,7 @@ def _run(
         gemm.run(_unpacked(codes) if code_bits == 4 else codes, weight, out, end, constants, config)
         return
     if config is None:
-        kind = "s" if binary else f"a{code_bits}{'g' if groups > 1 else ''}"
-        config = configuration(f"w{bits}{kind}", codes, n, depth)
+        config = configuration(_op(bits, code_bits, groups, binary), codes, n, depth)
     run = depth // assembly.planes_of(bits)
     size = depth // groups if groups > 1 else 0
     block = _block_k(config.block_k, math.gcd(run, size))
@@ -339,6 +338,15 @@ def _run(
             enable_fp_fusion=True,
             **constants,
         )
+
+
+def _op(bits: int, code_bits: int, groups: int, binary: bool) -> str:
+    """The row of configurations: w5s with binary planes, w3a8g with groups, w4a4, else w3a8."""
+    if binary:
+        return f"w{bits}s"
+    if groups > 1 and bits <= 5:  # more bits leave no room for multiples in eight
+        return f"w{bits}a8g"
+    return "w4a4" if bits == code_bits == 4 else f"w{bits}a8"
 
 
 def _block_k(wanted: int, width: int) -> int:
@@ -401,7 +409,7 @@ def _variants() -> Iterator[Variant]:
         for name, end in ENDS.items():
             yield _variant("w4a8", config, archs, name, **end)
     formats: list[tuple[str, dict[str, Any]]] = [
-        ("w4a8g", {"size": 128}),
+        *((f"w{bits}a8g", {"bits": bits, "size": 128}) for bits in (4, 2, 3, 5)),
         ("w4a4", {"code_bits": 4}),
         *((f"w{bits}a8", {"bits": bits}) for bits in (2, 3, 5, 6, 7)),
         ("w5s", {"bits": 5, "binary": True}),
@@ -409,8 +417,9 @@ def _variants() -> Iterator[Variant]:
     for op, given in formats:
         for config, archs in configurations(op):
             yield _variant(op, config, archs, **given)
-    for m in (1, 64):
-        for op, given in [("w4a8", {}), *formats[:1]]:
+    few: list[tuple[str, dict[str, Any]]] = [("w4a8", {}), *formats[:1]]
+    for m, served in ((1, few), (64, few + formats[1:4])):
+        for op, given in served:
             for config, archs in configurations(op, m):
                 yield _variant(op, config, archs, **given)
 

@@ -143,7 +143,9 @@ def weight_only_linear(
     m, groups = x.shape[0], scale.shape[1]
     if m == 0 or n == 0:
         return torch.empty(*lead, n, dtype=x.dtype, device=device)
-    config = config or configuration("weight_only", x, n, k)
+    # in float32 a tile of 64 rows spills, and on sm100 gives an empty kernel
+    few = x[:16] if x.dtype == torch.float32 else x
+    config = config or configuration(_op(bits), few, n, k)
     run = k // assembly.planes_of(bits)
     size = 0 if groups == 1 else k // groups
     fits = math.gcd(run, size) & -math.gcd(run, size)
@@ -185,6 +187,11 @@ def weight_only_linear(
     return out.reshape(*lead, n)
 
 
+def _op(bits: int) -> str:
+    """The row of configurations: every plane's columns of x are staged, so many need flat tiles."""
+    return "weight_only" if assembly.planes_of(bits) <= 2 else "weight_only_planes"
+
+
 def serves(x: Tensor, bits: int) -> bool:
     """True if this kernel does the work; see the module's text."""
     few = x.numel() <= MOST_ROWS * x.shape[-1]
@@ -194,28 +201,46 @@ def serves(x: Tensor, bits: int) -> bool:
 def _variants() -> Iterator[Variant]:
     for m in (1, 64):
         for config, archs in configurations("weight_only", m):
-            for name, size, zero in (("channel", 0, None), ("group128", 128, "*fp32")):
-                yield Variant(
-                    name=f"weight_only-{config.tile}/{name}",
-                    fn=weight_only_gemm,
-                    signature={
-                        **{"x": "*bf16", "b": "*u8", "scale": "*fp32", "out": "*bf16"},
-                        **({} if zero is None else {"zero": zero}),
-                        **{"n_rows": "i32", "n_cols": "i32", "run": "i32", "steps": "i32"},
-                    },
-                    constexprs={
-                        **{"bias": None, "BITS": 4, "WHOLE": True, "ONE_GROUP": size > 0},
-                        **({"zero": None} if zero is None else {}),
-                        "BLOCK_M": config.block_m,
-                        "BLOCK_N": config.block_n,
-                        "BLOCK_K": config.block_k,
-                        "SIZE": size,
-                    },
-                    options={"num_warps": config.warps, "num_stages": config.stages},
-                    archs=archs,
-                    expects=BF16_MMA if config.block_n >= 64 else {},
-                    aligned=("n_cols", "run"),
-                )
+            yield _variant("weight_only", "channel", config, archs, 4, "bf16")
+            yield _variant("weight_only", "group128", config, archs, 4, "bf16", 128)
+        for config, archs in configurations("weight_only_planes", m):
+            yield _variant("weight_only_planes", "group128", config, archs, 7, "bf16", 128)
+    for op, bits in (("weight_only", 4), ("weight_only_planes", 7)):
+        for config, archs in configurations(op, 1):
+            yield _variant(op, "fp32", config, archs, bits, "fp32", 128)
+
+
+def _variant(
+    op: str,
+    name: str,
+    config: Config,
+    archs: tuple[str, ...],
+    bits: int,
+    floats: str,
+    size: int = 0,
+) -> Variant:
+    zero = {"zero": "*fp32"} if size else {}
+    return Variant(
+        name=f"{op}-{config.tile}/{name}",
+        fn=weight_only_gemm,
+        signature={
+            **{"x": f"*{floats}", "b": "*u8", "scale": "*fp32", "out": f"*{floats}"},
+            **zero,
+            **{"n_rows": "i32", "n_cols": "i32", "run": "i32", "steps": "i32"},
+        },
+        constexprs={
+            **{"bias": None, "BITS": bits, "WHOLE": True, "ONE_GROUP": size > 0},
+            **({} if zero else {"zero": None}),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "SIZE": size,
+        },
+        options={"num_warps": config.warps, "num_stages": config.stages},
+        archs=archs,
+        expects=BF16_MMA if config.block_n >= 64 and floats == "bf16" else {},
+        aligned=("n_cols", "run"),
+    )
 
 
 VARIANTS = list(_variants())

@@ -1,6 +1,7 @@
 """Run by test_absent.py in a process of its own: kernels there are decorated for a compiler.
 
 python launches.py all                every kind of launch, on every generation, bound only
+python launches.py fit SM            weights in many planes, compiled for SM: bytes of shared memory
 python launches.py store FOLDER       one kernel compiled for sm90, kept in FOLDER
 python launches.py serve FOLDER       the same launch, from FOLDER; prints what Triton did
 """
@@ -98,6 +99,35 @@ def bound_only() -> dict[str, list[str]]:
     return found
 
 
+def fit(arch: str) -> dict[str, int]:
+    """Formats whose every plane of x is staged; Triton raises where one asks for more than SM has.
+
+    Bytes of shared memory, by format.
+    """
+    of, found = new(512, dtype=F32), {}
+    assert PACKED_LINEAR.cuda is not None
+    assert WEIGHT_ONLY_LINEAR.cuda is not None
+
+    def listener(*, metadata: dict[str, Any], **known: Any) -> None:
+        found[name] = metadata["shared"]
+
+    triton.knobs.compilation.listener = listener
+    for bits in (3, 5):
+        name = f"w{bits}a8g"
+        packed, multiples = new(512, 128 * bits, dtype=U8), new(512, 8, dtype=I8)
+        codes, scale = new(300, 1024, dtype=I8), new(300, 1, dtype=F32)
+        with absent(arch):
+            PACKED_LINEAR.cuda(
+                codes, scale, None, packed, bits, multiples, of, None, None, of, BF16
+            )
+    for rows, dtype in ((64, BF16), (64, F32), (8, F32)):
+        name = f"w7a16-{rows}-{str(dtype)[6:]}"
+        packed, scales = new(512, 128 * 7, dtype=U8), new(512, 8, dtype=F32)
+        with absent(arch):
+            WEIGHT_ONLY_LINEAR.cuda(new(rows, 1024, dtype=dtype), packed, 7, scales, None, of)
+    return found
+
+
 def one_launch() -> None:
     """That of the variant ``quantize_static/rows``."""
     assert QUANTIZE_STATIC.cuda is not None
@@ -136,5 +166,6 @@ def serve(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     verb = sys.argv[1]
-    found = bound_only() if verb == "all" else globals()[verb](Path(sys.argv[2]))
+    verbs = {"fit": fit, "store": lambda at: store(Path(at)), "serve": lambda at: serve(Path(at))}
+    found = bound_only() if verb == "all" else verbs[verb](sys.argv[2])
     print(json.dumps(found))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vdqc.base.diagnostics import LoweringError
+from vdqc.base.target import TARGETS
 from vdqc.kernels.gpu.absent import absent
 from vdqc.kernels.gpu.runtime import ABSENT
 
@@ -36,6 +37,12 @@ def test_every_kind_of_call_reaches_a_launch_on_every_generation(tmp_path: Path)
     # what runs on Hopper is compared with the plain kernel at its first use: both are compiled
     assert found["int8 sm90"] == ["byte_gemm", "tma_gemm"]
     assert found["int8 sm80"] == ["byte_gemm"]
+
+
+def test_weights_in_many_planes_fit_the_smallest_shared_memory(tmp_path: Path) -> None:
+    found = launched(tmp_path, "fit", "sm89")
+    assert len(found) == 5
+    assert max(found.values()) <= TARGETS["sm89"].shared_memory
 
 
 def test_a_stored_kernel_is_the_offline_compilers_and_serves_the_launch(tmp_path: Path) -> None:
