@@ -155,7 +155,7 @@ def residual_quantize(
     clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(stream, codes, scale, row_sum, low): the truth; see the module's text."""
-    stream = gated_residual(x, y, gate)
+    stream = gated_residual(x, y, gate).contiguous()
     return stream, *fused_quantize(
         stream, norm, norm_weight, norm_bias, eps, mod_scale, mod_shift, activation, smooth,
         signs, block, down, bits, packed, post, clip,
@@ -183,7 +183,7 @@ def residual_quantize_asym(
     clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(stream, codes, scale, zero, row_sum, low): the truth; see the module's text."""
-    stream = gated_residual(x, y, gate)
+    stream = gated_residual(x, y, gate).contiguous()
     return stream, *fused_quantize_asym(
         stream, norm, norm_weight, norm_bias, eps, mod_scale, mod_shift, activation, smooth,
         signs, block, down, bits, packed, post, clip,

@@ -112,7 +112,7 @@ def quantize_static(
     codes = torch.where(codes.isnan(), 0.0, codes)
     if zero_point is not None:
         codes = codes + zero_point
-    return codes.clamp(qmin, qmax).to(torch.int8)
+    return codes.clamp(qmin, qmax).to(torch.int8).contiguous()
 
 
 def _static_cuda(

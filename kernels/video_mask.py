@@ -141,7 +141,7 @@ def dense_mask(
     kept = kept_blocks(starts, counts, ids, counts.shape[-1])
     mask = expand(kept, block, block, tokens, tokens)
     if key_length is None:
-        return mask
+        return mask.contiguous()  # a slice of whole blocks until here
     exists = torch.arange(tokens, device=query.device) < key_length[:, None]
     return mask & exists[:, None, None, :]
 
