@@ -26,7 +26,7 @@ from vdqc.lowering.precompile import offer_precompiled
 from vdqc.lowering.prepare import compile_blocks, prepare
 from vdqc.lowering.residual import has_residuals, split
 from vdqc.packaged import PackagedProgram
-from vdqc.placement import check_machine, destination, name_device
+from vdqc.placement import check_machine, destination, following, name_device
 from vdqc.residual_cache import ResidualCache
 from vdqc.stand_in import TracedBinding, config_object, output_builder
 
@@ -330,7 +330,8 @@ class CompiledModel(nn.Module):
                 "load without aot=True",
             )
         moved = probe.device != self.device
-        super()._apply(fn, recurse)
+        with following(self._prepared, self.program):
+            super()._apply(fn, recurse)
         edited = self._cache is not None or self._adapters is not None
         if name_device(self.program, probe.device) or (edited and moved):
             self._rebuilt()

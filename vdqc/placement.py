@@ -14,11 +14,13 @@ A later GPU compiles the same kernels for itself; an earlier one lacks what they
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 from vdqc.base.diagnostics import ArtifactError, InputError
@@ -82,6 +84,44 @@ def name_device(program: fx.GraphModule, device: torch.device) -> bool:
     if changed:
         program.recompile()
     return changed
+
+
+@contextmanager
+def following(follower: nn.Module, leader: nn.Module) -> Iterator[None]:
+    """``leader`` moves inside; what ``follower`` shared of its weights it shares again after.
+
+    In place where torch can: what is compiled stays so.
+    """
+    names = {_place(tensor): name for name, tensor in _tensors(leader)}
+    groups: Iterator[dict[str, Any]] = (
+        group for each in follower.modules() for group in (each._parameters, each._buffers)
+    )
+    shared = [
+        (group, name, names[_place(tensor)])
+        for group in groups
+        for name, tensor in group.items()
+        if tensor is not None and _place(tensor) in names
+    ]
+    yield
+    moved = dict(_tensors(leader))
+    for group, name, leading in shared:
+        mine, now = group[name], moved[leading].detach()
+        if torch._has_compatible_shallow_copy_type(mine, now):
+            mine.data = now
+        else:  # to and from the meta device
+            is_parameter = isinstance(mine, nn.Parameter)
+            group[name] = nn.Parameter(now, requires_grad=False) if is_parameter else now
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """The same for tensors on one storage that begin and run alike."""
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.dtype, *tensor.shape
 
 
 def _wanted(move: Callable[[Tensor], Tensor], dtype: torch.dtype) -> str:

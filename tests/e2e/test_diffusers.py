@@ -482,6 +482,23 @@ def test_model_offload_moves_it_as_a_whole(out: Path) -> None:
     assert relative_error(latents(pipe), expected) <= TOLERANCE[torch.float32]
 
 
+def test_what_compilers_see_moves_with_the_weights(out: Path) -> None:
+    model: Any = vdqc.load(out)
+
+    def shared() -> list[bool]:
+        places = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+        seen = [*model.prepared.parameters(), *model.prepared.buffers()]
+        return [t.untyped_storage()._cdata in places for t in seen]
+
+    before, pieces = shared(), list(model.prepared.parameters())
+    assert sum(before) > 10  # not those that spelling out added
+    model._apply(lambda tensor: tensor.clone())
+    assert shared() == before
+    assert list(map(id, model.prepared.parameters())) == list(map(id, pieces))
+    model.to("meta")
+    assert shared() == before
+
+
 def test_offload_by_submodule_says_that_it_cannot(out: Path) -> None:
     pipe = wan_pipeline(transformer=vdqc.load(out))
     with pytest.raises(InputError, match="exclude_modules"):
