@@ -171,7 +171,8 @@ class ResidualCache:
     ) -> tuple[Any, ...]:
         self.refreshes += 1
         outputs = tuple(refresh(*inputs))
-        own, residuals = outputs[: -self._count], outputs[-self._count :]
+        own, residuals = outputs[: -self._count], list(outputs[-self._count :])
+        del outputs  # each residual goes as soon as what is kept of it is made
         old, branch = self._branches.get(key), Branch(shapes, self._step, self._step)
         self._branches[key] = branch
         if old is not None:
@@ -184,10 +185,7 @@ class ResidualCache:
         branch.row = 1
         if old is not None and old.shapes == shapes and old.residuals and span > 0 and near:
             before, branch.row = list(old.residuals), 2
-        branch.residuals = [
-            Residual.of(self.policy, now, was, span)
-            for now, was in zip(residuals, before, strict=True)
-        ]
+        branch.residuals = [Residual.of(self.policy, residuals.pop(0), was, span) for was in before]
         self._keep_within_memory(branch)
         return own
 
