@@ -17,11 +17,11 @@ import triton
 from torch import Tensor
 
 from vdqc.base.diagnostics import InputError
-from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.kernels.gpu.attention_tiles import plain, specialised
 from vdqc.kernels.gpu.runtime import (
     ARCHS,
     Config,
+    agrees,
     arch_of,
     best_config,
     guarded,
@@ -96,7 +96,7 @@ def sparse_attention(
             f"sparse_attention/ws-{'-'.join(parts)}",
             lambda: _specialised(call, config),
             lambda: _plain(call, _SAFE),
-            _agree,
+            agrees,
         )
 
 
@@ -115,18 +115,19 @@ def _given(
 
 
 def _strided(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    """``x``, copied unless its channels are neighbours and its rows begin at 16 bytes."""
-    row = 16 // x.element_size()
-    fits = x.stride(-1) == 1 and all(stride % row == 0 for stride in x.stride()[:-1])
-    if fits and x.data_ptr() % 16 == 0 and x.dtype in dtypes:
+    """``x``, copied unless descriptors take it: its channels are neighbours, its rows begin at 16
+    bytes, and none repeats.
+    """
+    if x.stride(-1) == 1 and _steps_fit(x) and x.data_ptr() % 16 == 0 and x.dtype in dtypes:
         return x
-    return operand(name, x, dtypes)
+    x = operand(name, x, dtypes)
+    # an axis of one keeps any step through contiguous()
+    return x if _steps_fit(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    both = found.isnan() & expected.isnan()  # NaN in, NaN out is no disagreement
-    left, right = found.masked_fill(both, 0), expected.masked_fill(both, 0)
-    return relative_error(left, right) < TOLERANCE[expected.dtype]
+def _steps_fit(x: Tensor) -> bool:
+    row = 16 // x.element_size()
+    return all(step > 0 and step % row == 0 for step in x.stride()[:-1])
 
 
 @final
@@ -193,21 +194,12 @@ class _Operands:
 
 #: What every GPU can run: no spills, 82 KiB of shared memory.
 _SAFE = Config(block_n=64, warps=8, stages=2)
-#: Chosen by what compiles without spills; a row of a configuration file or a refined one wins.
-_TILES = {
-    "sm80": Config(block_n=64, warps=8, stages=3),
-    "sm89": _SAFE,
-    "sm90": Config(block_n=128, warps=4, stages=2, variant="ws"),
-    "sm100": _SAFE,
-    "sm120": _SAFE,
-}
 
 
 def configuration(arch: str, width: int, bits: int, device: int | None = None) -> Config:
     """Tiles of a key block for heads of ``width`` channels and scores from ``bits`` (8 or 16)."""
     problem = {"width": width, "bits": bits}
-    found = best_config("sparse_attention", arch, problem, device)
-    return _TILES[arch] if found == Config() else found
+    return best_config("sparse_attention", arch, problem, device)
 
 
 def _plain(call: _Operands, config: Config) -> Tensor:

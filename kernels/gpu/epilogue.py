@@ -334,6 +334,8 @@ def _rows_of_gate(gate: Tensor, lead: torch.Size, n: int) -> tuple[Tensor, int]:
         kept -= 1
     # kept: the axes that vary come first; a broadcast axis in front of one that varies is expanded
     gate = gate.expand(*lead[:kept], *[1] * (len(lead) - kept), n)
+    if gate.numel() >= 2**31:  # its offsets are 32 bits wide
+        raise InputError(f"gate: expected fewer than 2^31 values, got {gate.numel()}")
     return gate.reshape(-1, n), max(int(torch.Size(lead[kept:]).numel()), 1)
 
 

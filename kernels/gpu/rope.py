@@ -165,7 +165,8 @@ class Rope:
 
 def takes(x: Tensor, block: int) -> bool:
     """True if the kernel takes these heads and blocks; else the reference serves."""
-    return x.dtype in FLOATS and x.shape[3] <= 256 and block % 16 == 0 and x.numel() > 0
+    fits = x.shape[3] <= 256 and x.shape[0] <= 65535  # samples are an axis of the grid
+    return x.dtype in FLOATS and fits and block % 16 == 0 and x.numel() > 0
 
 
 def quantised(x: Tensor, steps: Rope, smooth: bool, block: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vdqc.kernels.gpu.epilogue import ENDS, Epilogue, tile_of, write_tile
-from vdqc.kernels.gpu.runtime import Config, guarded, on_device, triton_version
+from vdqc.kernels.gpu.runtime import Config, agrees, guarded, on_device, triton_version
 from vdqc.kernels.gpu.variants import FP8_MMA, INT8_MMA, Variant, configurations
 
 #: Triton compiles warp specialisation only with descriptors made in the kernel, from 3.7 on.
@@ -126,17 +126,9 @@ def run(
         plain(other)
         return other
 
-    found = guarded(key, primary, fallback, _agree)
+    found = guarded(key, primary, fallback, agrees)
     if found is not out:
         out.copy_(found)
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Sums are equal; floats may differ by a rounding, because the compilers fuse differently."""
-    if not found.is_floating_point():
-        return torch.equal(found, expected)
-    step = 2.0**-6 if found.dtype in (torch.bfloat16, torch.float16) else 1e-5
-    return torch.allclose(found.float(), expected.float(), rtol=step, atol=1e-6, equal_nan=True)
 
 
 def launch(

@@ -215,6 +215,17 @@ def test_the_ops_on_this_device(device: str) -> None:
         assert relative_error(found, expected) < TOLERANCE[BF16]
 
 
+def test_operands_that_descriptors_refuse_are_copied(device: str) -> None:
+    heads = torch.randn(2, 40, 3, 64, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    shared = heads[:, :1].expand(2, 3, 40, 64)
+    odd = heads.contiguous()[:1].as_strided((1, 3, 40, 64), (7, 40 * 64, 64, 1))
+    assert attention._strided("q", heads, (torch.bfloat16,)) is heads
+    for refused in (shared, odd):
+        found = attention._strided("q", refused, (torch.bfloat16,))
+        assert torch.equal(found, refused)
+        assert all(step > 0 and step % 8 == 0 for step in found.stride()[:-1])
+
+
 def test_what_no_kernel_takes(device: str) -> None:
     q, k, v = operands(1, 1, 64, 64, 64, device)
     mask = full_mask(64, 64, device=device)

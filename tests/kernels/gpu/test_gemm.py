@@ -166,7 +166,8 @@ def test_wrong_operands_are_named(device: str) -> None:
 def test_operands_by_descriptor(absent: str, shape: tuple[int, int, int], device: str) -> None:
     m, k, n = shape
     case = linear_case((m,), k, n, torch.float32, device) | ABSENT[absent]
-    config = Config(64, 32, 64, variant="ws")
+    # a GPU specialises no warps around a branch of rank 16: ``tma_gemm.fits``
+    config = Config(64, 32, 64, variant="ws" if absent == "branch" else "tma")
     end = {name: value for name, value in case.items() if name not in ("codes", "weight", "dtype")}
     pointers, constants = epilogue(case["codes"], n, **end)
     out = torch.empty(m, n, device=device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vdqc.base.diagnostics import InputError, LoweringError
-from vdqc.kernels.gpu import runtime
+from vdqc.kernels.gpu import packed_gemm, runtime, weight_only
 from vdqc.kernels.gpu.runtime import ARCHS, Config, arch_of_capability, operand
 
 
@@ -78,6 +78,20 @@ def test_configurations_by_size_and_version(
 def test_committed_configurations_can_be_read(arch: str) -> None:
     for row in runtime._rows(arch):
         assert isinstance(Config(**row["config"]), Config)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_format_has_tiles(arch: str) -> None:
+    """What has no row gets tiles that no compiler has vouched for."""
+    wanted = {"int8_gemm", "sparse_attention", "w5s"}
+    wanted |= {weight_only._op(bits) for bits in range(2, 8)}
+    wanted |= {
+        packed_gemm._op(bits, code_bits, groups, False)
+        for bits in range(2, 8)
+        for code_bits in (4, 8)
+        for groups in (1, 8)
+    }
+    assert wanted <= {row["op"] for row in runtime._rows(arch)}
 
 
 def test_a_cache_of_another_gpu_is_ignored(tmp_path: Path) -> None:
@@ -160,3 +174,38 @@ def test_running_out_of_memory_is_no_compile_error(verdicts: None) -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         runtime.compile_or_fallback("ws", fails, lambda: torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("text", "fatal"),
+    [
+        ("Triton Error [CUDA]: out of memory", True),
+        ("Triton Error [CUDA]: misaligned address", True),
+        ("Triton Error [CUDA]: invalid argument", False),
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("PassManager::run failed", False),
+    ],
+)
+def test_what_another_kernel_would_meet_too_is_raised(
+    verdicts: None, text: str, fatal: bool
+) -> None:
+    def fails() -> torch.Tensor:
+        raise RuntimeError(text)
+
+    caught = pytest.raises(RuntimeError) if fatal else pytest.warns(UserWarning, match="serves")
+    with caught:
+        runtime.guarded("ws", fails, lambda: torch.zeros(2))
+
+
+def test_agreement_is_by_norm_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_PIECE", 64)
+    expected = torch.randn(1000)
+    expected[3], expected[4], expected[5] = float("nan"), float("inf"), 0.0
+    found = expected * (1 + 1e-6)
+    found[5] = 1e-6  # a sum that cancels, off by a rounding
+    assert runtime.agrees(found, expected)
+    assert runtime.agrees(expected[:0], expected[:0])
+    assert not runtime.agrees(found.nan_to_num(), expected)
+    found[-1] += 0.01  # one value of the last piece
+    assert not runtime.agrees(found, expected)
+    assert not runtime.agrees(torch.tensor([1, 2]), torch.tensor([1, 3]))

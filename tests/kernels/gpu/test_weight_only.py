@@ -53,5 +53,6 @@ def test_what_it_does_not_serve_goes_to_the_reference(device: str) -> None:
     assert not serves(x[:1], 8)
     assert not serves(x[:1, :63], 4)
     assert not serves(x[:1].double(), 4)
+    packed, scale = torch.zeros(4, 32, device=device), torch.rand(4, 1, device=device)
     with pytest.raises(InputError, match="weight_scale: expected float32, got float64"):
-        weight_only_linear(x, torch.zeros(4, 32).byte(), 4, torch.rand(4, 1).double(), None, None)
+        weight_only_linear(x, packed.byte(), 4, scale.double(), None, None)
