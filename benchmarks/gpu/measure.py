@@ -15,6 +15,7 @@ from benchmarks.gpu.names import AUTO, EVERY, PLAIN, WS
 from benchmarks.gpu.peers import Call, Peer
 from benchmarks.gpu.timing import Times
 from benchmarks.gpu.trial import Case, Trial
+from vdqc.kernels.gpu.runtime import is_plain
 
 Row = dict[str, Any]
 
@@ -150,8 +151,9 @@ def _rows(
         "ceiling_fraction": None if rate is None or known is None else round(rate / known, 4),
         "predicted_ms": None if cost is None else round(env.predicted_ms(cost), 5),
     }
-    if variant in trial.notes:
-        base["note"] = trial.notes[variant]
+    notes = [trial.notes.get(variant, ""), "plain kernels only" if is_plain() else ""]
+    if any(notes):
+        base["note"] = "; ".join(filter(None, notes))
     if variant in memory:
         base["peak_gib"] = round(memory[variant] / 2**30, 3)
     rows = []

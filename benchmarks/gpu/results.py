@@ -3,14 +3,16 @@
 ::
 
     {"header": {"gpu", "driver", "torch", "triton", "cuda", "cudnn", "python", "commit",
-                "clocks", "clocks_loaded", "ceilings", "time"},
+                "clocks", "clocks_loaded", "plain", "ceilings", "time"},
      "check": "passed",
      "rows": [{"op", "case", "variant", "p50_ms", "p20_ms", "p80_ms", "rate", "unit",
                "ceiling_fraction", "predicted_ms", "peer", "peer_p50_ms", "ratio", "note"}],
      "absent": {peer: reason}, "failed": {case: reason}, "not_run": [case],
      "targets": [{"line", "need", "moonshot", "worst", "median", "verdict"}]}
 
-``ratio`` is the peer's time over ours. Rows of an older run are kept only under an equal header.
+``ratio`` is the peer's time over ours. ``plain``: at the end only plain kernels ran, see
+``runner``; the ``note`` of a row that was measured so says it. Rows of an older run are kept only
+under an equal header.
 """
 
 from __future__ import annotations

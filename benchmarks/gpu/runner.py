@@ -3,7 +3,9 @@
 The most telling cases of all ops come first (``rank``). An op is checked before its first case;
 where that fails, none of its speeds is printed and the other ops go on. A process that crashes or
 exceeds its limit is replaced; the case is tried again without the peer it was lost with, or without
-all that compile or come as wheels. This process never imports torch: it holds no memory of the GPU.
+all that compile or come as wheels. After a first hang outside a peer only plain kernels run
+(``VDQC_PLAIN``): each further op with a kernel that deadlocks would cost its whole limit. This
+process never imports torch: it holds no memory of the GPU.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ class Worker:
     def ask(self, request: Mapping[str, Any], limit: float) -> dict[str, Any]:
         """The answer within ``limit`` seconds; LostError if there is none."""
         assert self._process.stdin is not None
+        self._step = "start"  # not the last of the request before
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -139,7 +142,11 @@ class Job:
 
 @dataclass
 class Session:
-    """One run: its worker, its results, its time."""
+    """One run: its worker, its results, its time.
+
+    Attributes:
+        plain: the next worker keeps to plain kernels.
+    """
 
     plan: Plan
     started: float = field(default_factory=time.monotonic)
@@ -148,18 +155,23 @@ class Session:
     device: dict[str, Any] = field(default_factory=dict)
     listed: list[dict[str, Any]] = field(default_factory=list)
     found: dict[str, OpResults] = field(default_factory=dict)
+    plain: bool = False
 
     def left(self) -> float:
         """Seconds of the budget."""
         return self.plan.budget - RESERVE - (time.monotonic() - self.started)
 
+    def environment(self) -> dict[str, str]:
+        """The variables of the next worker."""
+        found = {**os.environ, "PYTHONPATH": _python_path()}
+        # what an earlier run refined would stand in for the configuration files
+        found.setdefault("VDQC_CACHE", tempfile.mkdtemp(prefix="vdqc-bench-"))
+        return found | ({"VDQC_PLAIN": "1"} if self.plain else {})
+
     def begin(self) -> str | None:
         """Start a worker; why it cannot work, or None."""
-        environment = {**os.environ, "PYTHONPATH": _python_path()}
-        # what an earlier run refined would stand in for the configuration files
-        environment.setdefault("VDQC_CACHE", tempfile.mkdtemp(prefix="vdqc-bench-"))
         command = [sys.executable, "-c", _CHILD, str(int(self.plan.dry)), str(self.plan.seed)]
-        self.worker = Worker(command, environment)
+        self.worker = Worker(command, self.environment())
         try:
             limit = HELLO if not self.listed else min(HELLO, max(self.left(), LEAST))
             hello = self.worker.ask({"do": "hello"}, limit)
@@ -254,16 +266,22 @@ def _do(session: Session, job: Job) -> None:
             return
     without: list[str] = []
     answer = _asked(session, job, without)
-    while answer.get("retry") and len(without) < RETRIES:
+    for _ in range(RETRIES):
+        if not answer.get("retry"):
+            break
         kind, _, name = str(answer.get("step", "")).partition(" ")
-        without.append(name if kind == "peer" and name not in without else EVERY)
+        if not answer.get("plain"):  # else that alone may be enough
+            without.append(name if kind == "peer" and name not in without else EVERY)
         found.absent[f"{name or 'a retry'} ({job.case})"] = str(answer["error"])
         answer = _asked(session, job, without)
     _keep(session, found, job, answer)
 
 
 def _checked(session: Session, job: Job) -> str:
-    answer = _request(session, {"do": "check", "op": job.op}, job.seconds)
+    request = {"do": "check", "op": job.op}
+    answer = _request(session, request, job.seconds)
+    if answer.get("retry"):
+        answer = _request(session, request, job.seconds)
     if "skip" in answer:
         return "absent"
     return str(answer.get("check") or answer.get("wrong") or answer.get("error"))
@@ -275,7 +293,10 @@ def _asked(session: Session, job: Job, without: Sequence[str]) -> dict[str, Any]
 
 
 def _request(session: Session, request: Mapping[str, Any], limit: float) -> dict[str, Any]:
-    """The worker's answer; where it is lost, an error, and another worker for what follows."""
+    """The worker's answer; where it is lost, an error, and another worker for what follows.
+
+    ``retry``: worth asking again; ``plain``: plain kernels serve from here on.
+    """
     if session.worker is None:
         return {"error": "no worker"}
     allowed = min(limit, max(session.left(), LEAST))
@@ -283,9 +304,21 @@ def _request(session: Session, request: Mapping[str, Any], limit: float) -> dict
         answer = session.worker.ask(request, allowed)
     except LostError as error:
         late = error.hung and allowed < limit
+        ours = error.hung and not late and not error.step.startswith("peer ")
+        was_plain = session.plain or bool(session.device.get("plain"))
+        if ours and not was_plain:
+            session.plain = True
+            print(f"== {request['op']}: {error}; only plain kernels from here on", flush=True)
         has_more = session.left() > LEAST and session.again()
-        again = has_more and not late
-        return {"error": str(error), "step": error.step, "retry": again, "late": late}
+        # before peers are built nothing is left to leave out: it would hang again
+        hopeless = ours and was_plain and error.step != "time"
+        return {
+            "error": str(error),
+            "step": error.step,
+            "retry": has_more and not late and not hopeless,
+            "late": late,
+            "plain": session.plain and not was_plain,
+        }
     if answer.get("lost") and session.left() > LEAST:
         answer["retry"] = session.again()
     return answer

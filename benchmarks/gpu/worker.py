@@ -106,7 +106,7 @@ def describe() -> dict[str, Any]:
 
     import torch
 
-    from vdqc.kernels.gpu.runtime import triton_version
+    from vdqc.kernels.gpu.runtime import is_plain, triton_version
 
     found: dict[str, Any] = {
         "gpu": "none",
@@ -117,6 +117,7 @@ def describe() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
         "python": platform.python_version(),
         "clocks": "",
+        "plain": is_plain(),
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()

@@ -6,7 +6,8 @@
   ``refine`` measured on this very GPU and Triton version, what it kept wins. A cache written by
   another GPU or Triton is ignored, with a warning that says so.
 * ``guarded`` runs a variant that only a compiler has vouched for: if it does not compile, or
-  differs from the plain variant at its first use, the plain one serves from then on.
+  differs from the plain variant at its first use, the plain one serves from then on. Under
+  ``VDQC_PLAIN=1`` the plain one always serves: a variant that hangs cannot be caught here.
 
 Error: none of its own.
 Source: configurations in files by GPU and version, as in gemlite; the guard is ours.
@@ -103,7 +104,16 @@ def _minor(version: str) -> tuple[int, int]:
 
 def is_interpreted() -> bool:
     """True if kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    return _is_on("TRITON_INTERPRET")
+
+
+def is_plain() -> bool:
+    """True if no guarded variant may run (``VDQC_PLAIN=1``): see ``guarded``."""
+    return _is_on("VDQC_PLAIN")
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "0").lower() in ("1", "true", "on", "yes")
 
 
 def arch_of(device: torch.device) -> str:
@@ -340,7 +350,8 @@ def guarded(
     """``primary()`` once it has agreed with ``fallback()``; see the module's text.
 
     While a CUDA graph is being captured nothing can be compared: an unproven variant waits. For a
-    GPU that is not there both are compiled.
+    GPU that is not there both are compiled, ``is_plain`` or not: where the program will run, it
+    may be otherwise.
     """
     if ABSENT.get() is not None:
         expected = fallback()
@@ -348,6 +359,8 @@ def guarded(
             return primary()
         except compile_errors():
             return expected
+    if is_plain():
+        return fallback()
     if _VERDICTS.get(key):
         return primary()
     if key in _VERDICTS or _capturing():

@@ -59,11 +59,11 @@ def test_the_compiler_makes_the_same_block() -> None:
 
 
 class FakeSession(runner.Session):
-    """Answers from a list instead of a worker; None loses the worker."""
+    """Answers from a list instead of a worker; None crashes a peer, a word hangs in that step."""
 
     def __init__(self, plan: Plan, answers: list[Any]) -> None:
         super().__init__(plan)
-        self.answers, self.started_workers = answers, 0
+        self.answers, self.environments = answers, list[dict[str, str]]()
         self.asked: list[dict[str, Any]] = []
         self.device = HEADER
         self.worker = self  # type: ignore[assignment]
@@ -73,10 +73,12 @@ class FakeSession(runner.Session):
         answer = self.answers.pop(0)
         if answer is None:
             raise LostError("the process ended with code -11", hung=False, step="peer x y")
+        if isinstance(answer, str):
+            raise LostError("no answer", hung=True, step=answer)
         return dict(answer)
 
     def again(self) -> bool:
-        self.started_workers += 1
+        self.environments.append(self.environment())
         return True
 
 
@@ -114,7 +116,8 @@ def test_a_crash_is_tried_again_without_the_peer_it_came_with(tmp_path: Path) ->
     fake = session(tmp_path, {"check": "passed"}, None, GOOD)
     runner._do(fake, JOB)
     assert [request.get("without") for request in fake.asked] == [None, [], ["x y"]]
-    assert fake.started_workers == 1
+    assert len(fake.environments) == 1
+    assert "VDQC_PLAIN" not in fake.environments[0]
     assert fake.found["w8a8"].rows == [ROW]
     assert fake.found["w8a8"].absent == {"x y (a/up)": "the process ended with code -11"}
 
@@ -127,6 +130,51 @@ def test_a_third_crash_fails_the_case_and_the_rest_goes_on(tmp_path: Path) -> No
     assert list(fake.found["w8a8"].failed) == ["a/up"]
     assert fake.found["w8a8"].rows == [ROW]
     assert runner._finish(fake) == 1
+
+
+def test_a_check_that_hangs_is_asked_again_with_plain_kernels(tmp_path: Path) -> None:
+    fake = session(tmp_path, "start", {"check": "passed"}, GOOD)
+    runner._do(fake, JOB)
+    assert [request["do"] for request in fake.asked] == ["check", "check", "time"]
+    assert [found.get("VDQC_PLAIN") for found in fake.environments] == ["1"]
+    assert (fake.found["w8a8"].check, fake.found["w8a8"].rows) == ("passed", [ROW])
+
+
+def test_a_case_that_hangs_in_ours_keeps_its_peers_with_plain_kernels(tmp_path: Path) -> None:
+    fake = session(tmp_path, {"check": "passed"}, "verify", GOOD)
+    runner._do(fake, JOB)
+    assert [request.get("without") for request in fake.asked] == [None, [], []]
+    assert [found.get("VDQC_PLAIN") for found in fake.environments] == ["1"]
+    assert fake.found["w8a8"].rows == [ROW]
+
+
+def test_ours_that_hangs_with_plain_kernels_too_is_not_asked_a_third_time(tmp_path: Path) -> None:
+    fake = session(tmp_path, "start", "start", {"check": "passed"}, "verify")
+    runner._do(fake, JOB)
+    runner._do(fake, Job("fp8", "a/up", 60.0))
+    assert [request["do"] for request in fake.asked] == ["check", "check", "check", "time"]
+    assert len(fake.environments) == 3  # what follows has a worker
+    assert list(fake.found["fp8"].failed) == ["a/up"]
+
+
+def test_a_hang_in_a_peer_or_at_the_end_of_the_budget_is_not_blamed_on_ours(tmp_path: Path) -> None:
+    fake = session(tmp_path, {"check": "passed"}, "peer x y", GOOD)
+    runner._do(fake, JOB)
+    assert fake.asked[-1]["without"] == ["x y"]
+    assert not fake.plain
+    late = FakeSession(Plan(budget=30.0, out=tmp_path), [{"check": "passed"}, "verify"])
+    runner._do(late, JOB)
+    assert late.found["w8a8"].not_run == ["a/up"]
+    assert not late.plain
+
+
+def test_rows_of_plain_kernels_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial({"auto": lambda: None}, {}, Work(1.0, "int8"), lambda: None)
+    case = Case("c", lambda env: trial)
+    for value, note in (("", None), ("1", "plain kernels only")):
+        monkeypatch.setenv("VDQC_PLAIN", value)
+        rows, _ = measure.run_case(DRY, "op", case, [], lambda name: None)
+        assert rows[0].get("note") == note
 
 
 def test_what_does_not_fit_the_budget_is_said(tmp_path: Path) -> None:

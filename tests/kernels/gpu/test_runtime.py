@@ -168,6 +168,21 @@ def test_a_variant_that_does_not_compile_is_dropped(verdicts: None) -> None:
     assert runtime.guarded("ws", fails, lambda: torch.zeros(2)).sum() == 0
 
 
+def test_only_the_plain_variant_serves_where_that_is_asked(
+    verdicts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs() -> torch.Tensor:
+        raise AssertionError("called")
+
+    monkeypatch.setenv("VDQC_PLAIN", "1")
+    monkeypatch.setitem(runtime._VERDICTS, "proven", True)
+    for key in ("ws", "proven"):
+        assert runtime.guarded(key, hangs, lambda: torch.zeros(2)).sum() == 0
+    monkeypatch.setenv("VDQC_PLAIN", "0")
+    assert runtime.guarded("ws", lambda: torch.zeros(2), lambda: torch.zeros(2)).sum() == 0
+    assert runtime._VERDICTS["ws"]
+
+
 def test_running_out_of_memory_is_no_compile_error(verdicts: None) -> None:
     def fails() -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
