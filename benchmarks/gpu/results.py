@@ -3,7 +3,7 @@
 ::
 
     {"header": {"gpu", "driver", "torch", "triton", "cuda", "cudnn", "python", "commit",
-                "clocks", "clocks_loaded", "plain", "ceilings", "time"},
+                "clocks", "clocks_loaded", "plain", "ceilings", "no_ceilings", "time"},
      "check": "passed",
      "rows": [{"op", "case", "variant", "p50_ms", "p20_ms", "p80_ms", "rate", "unit",
                "ceiling_fraction", "predicted_ms", "peer", "peer_p50_ms", "ratio", "note"}],
@@ -11,8 +11,8 @@
      "targets": [{"line", "need", "moonshot", "worst", "median", "verdict"}]}
 
 ``ratio`` is the peer's time over ours. ``plain``: at the end only plain kernels ran, see
-``runner``; the ``note`` of a row that was measured so says it. Rows of an older run are kept only
-under an equal header.
+``runner``; the ``note`` of a row that was measured so says it. ``no_ceilings``: why rows
+lack their fractions. Rows of an older run are kept only under an equal header.
 """
 
 from __future__ import annotations

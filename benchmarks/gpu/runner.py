@@ -146,6 +146,7 @@ class Session:
 
     Attributes:
         plain: the next worker keeps to plain kernels.
+        no_ceilings: why no worker is asked for ceilings any more; empty if they are.
     """
 
     plan: Plan
@@ -156,6 +157,7 @@ class Session:
     listed: list[dict[str, Any]] = field(default_factory=list)
     found: dict[str, OpResults] = field(default_factory=dict)
     plain: bool = False
+    no_ceilings: str = ""
 
     def left(self) -> float:
         """Seconds of the budget."""
@@ -169,7 +171,30 @@ class Session:
         return found | ({"VDQC_PLAIN": "1"} if self.plain else {})
 
     def begin(self) -> str | None:
-        """Start a worker; why it cannot work, or None."""
+        """Start a worker, measure or hand over the ceilings; why it cannot work, or None."""
+        reason = self._greeted()
+        if reason or self.no_ceilings:
+            return reason
+        assert self.worker is not None
+        request = {"do": "ceilings", "known": self.ceilings}
+        try:
+            found = self.worker.ask(request, CEILINGS)
+        except LostError as error:
+            found = {"error": str(error), "lost": True}
+        if "ceilings" in found:
+            self.ceilings = found["ceilings"]
+            self.device["clocks_loaded"] = found.get("loaded", "")
+            return None
+        # what is slow or broken there is a peer: ours can be measured without
+        self.no_ceilings = str(found.get("error"))
+        print(f"no ceilings, so no fractions of them: {self.no_ceilings}", flush=True)
+        if not found.get("lost"):
+            return None
+        self.end()
+        return self._greeted()
+
+    def _greeted(self) -> str | None:
+        """Start a worker and ask what there is to do; why it cannot work, or None."""
         command = [sys.executable, "-c", _CHILD, str(int(self.plan.dry)), str(self.plan.seed)]
         self.worker = Worker(command, self.environment())
         try:
@@ -177,13 +202,9 @@ class Session:
             hello = self.worker.ask({"do": "hello"}, limit)
             if "fatal" in hello or "error" in hello:
                 return str(hello.get("fatal") or hello["error"])
-            self.device, self.listed = hello["device"], hello["ops"]
-            request = {"do": "ceilings", "known": self.ceilings}
-            found = self.worker.ask(request, CEILINGS)
-            self.ceilings = found.get("ceilings", {})
-            self.device["clocks_loaded"] = found.get("loaded", "")
         except LostError as error:
             return str(error)
+        self.device, self.listed = {**hello["device"], "clocks_loaded": ""}, hello["ops"]
         return None
 
     def again(self) -> bool:
@@ -350,6 +371,7 @@ def _save(session: Session, found: OpResults) -> None:
     """After every case: what is measured stays, whatever happens next."""
     plan = session.plan
     header = results.header(session.device, session.ceilings, plan.commit)
+    header["no_ceilings"] = session.no_ceilings
     folder = plan.out
     if folder is None and not plan.dry:
         folder = results.RESULTS / results.folder_of(session.device["gpu"])
@@ -365,7 +387,7 @@ def _announce(session: Session) -> None:
           f"{device['triton']}, clocks {device['clocks'] or '-'}")  # fmt: skip
     if session.plan.dry:
         print("dry run: no GPU, tiny sizes, no speeds")
-    else:
+    elif session.ceilings:
         words = (f"{name} {value:.0f}" for name, value in session.ceilings.items())
         print("ceilings: " + ", ".join(words), flush=True)
 

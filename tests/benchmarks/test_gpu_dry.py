@@ -184,6 +184,42 @@ def test_what_does_not_fit_the_budget_is_said(tmp_path: Path) -> None:
     assert runner._finish(fake) == 0
 
 
+#: Stands in for the worker; what it does at ``ceilings`` is filled in.
+CHILD = """
+import json, os, sys
+for line in sys.stdin:
+    do, answer = json.loads(line)["do"], {"check": "passed"}
+    if do == "ceilings":
+        DIE
+        answer = {"error": "an illegal memory access", "lost": True}
+    if do == "hello":
+        answer = {"device": {"gpu": "x", "plain": os.environ.get("VDQC_PLAIN")}, "ops": []}
+    print("@@" + json.dumps(answer), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"), [("os.abort()", "code -6"), ("pass", "an illegal memory access")]
+)
+def test_a_worker_lost_with_the_ceilings_is_replaced_and_not_asked_for_them_again(
+    last: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runner, "_CHILD", CHILD.replace("DIE", last))
+    real = runner.Session(Plan(out=tmp_path))
+    try:
+        assert real.begin() is None
+        assert real.device["plain"] is None
+        runner._do(real, JOB)
+        real.plain = True
+        assert real.again()
+        assert real.device["plain"] == "1"
+    finally:
+        real.end()
+    content = json.loads((tmp_path / "w8a8.json").read_text())
+    assert content["check"] == "passed"
+    assert reason in content["header"]["no_ceilings"]
+
+
 @pytest.mark.parametrize(
     ("code", "hung"),
     [("import time; time.sleep(60)", True), ("import os; os.abort()", False), ("", False)],
