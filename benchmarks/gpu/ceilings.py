@@ -4,7 +4,7 @@
 copy_gbs       device-to-device copy of 4 GB, bytes read and written
 bf16_tflops    cuBLAS, random data (zeros run faster)
 int8_tops      ``torch._int_mm``
-fp8_tflops     ``torch._scaled_mm``, per-row scales
+fp8_tflops     ``torch._scaled_mm``, per-row scales, fast accumulation
 dense64,       cuDNN attention without a mask at heads of 64 and 128
 dense128
 ============== ==================================================================================

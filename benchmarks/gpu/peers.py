@@ -1,10 +1,10 @@
 """What we are measured against; each is built on the same data and may fail softly.
 
 In the image: cuBLAS bf16, ``torch._int_mm`` with an eager epilogue, ``torch._scaled_mm`` (fp8, one
-scale per row), cuDNN and FlashAttention-2 through SDPA, FlexAttention with the same mask, what
-torch.compile makes of our references. As wheels: gemlite, humming-kernels, sageattention, torchao;
-the linears of these take bf16 and quantise it themselves, so they stand beside ours with its
-quantiser (variant ``with quantiser``).
+scale per row, fast accumulation), cuDNN and FlashAttention-2 through SDPA, FlexAttention with the
+same mask, what torch.compile makes of our references. As wheels: gemlite, humming-kernels,
+sageattention, torchao; the linears of these take bf16 and quantise it themselves, so they stand
+beside ours with its quantiser (variant ``with quantiser``).
 
 A builder returns the call that is timed, or raises: the reason is kept with the results.
 """
@@ -67,13 +67,21 @@ def int_mm_eager(
 
 
 def scaled_mm(x: Tensor, weight: Tensor) -> Call:
-    """fp8 e4m3, one scale per row of x and per column of the result; x is quantised beforehand."""
+    """fp8 e4m3, one scale per row of x and per column of the result; x is quantised beforehand.
+
+    Accumulates as ours does (``kernels/gpu/gemm.py``): slower sums would flatter us.
+    """
     rows, columns = _fp8(x), _fp8(weight)
     scale = columns[1].T.contiguous()
 
     def call() -> Any:
         return torch._scaled_mm(
-            rows[0], columns[0].T, scale_a=rows[1], scale_b=scale, out_dtype=torch.bfloat16
+            rows[0],
+            columns[0].T,
+            scale_a=rows[1],
+            scale_b=scale,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
         )
 
     return call

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import blocks, cases, measure, results, runner, targets, timing
+from benchmarks.gpu import blocks, cases, measure, peers, results, runner, targets, timing
 from benchmarks.gpu.env import Env
 from benchmarks.gpu.peers import Peer
 from benchmarks.gpu.runner import Job, LostError, Plan, Worker, schedule
 from benchmarks.gpu.trial import Case, Trial, Work
+from vdqc.base.numerics import relative_error
 from vdqc.base.target import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -284,6 +285,20 @@ def test_a_peer_that_fails_leaves_its_reason_and_the_rest_its_rows() -> None:
     rows, absent = measure.run_case(DRY, "op", case, [], lambda name: None)
     assert [(row["variant"], row["peer"]) for row in rows] == [("auto", "good")]
     assert absent == {"bad": "ImportError: no such wheel"}
+
+
+def test_the_fp8_peer_accumulates_as_fast_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, fast = torch._scaled_mm, []
+
+    def scaled_mm(*args: Any, use_fast_accum: bool = False, **named: Any) -> torch.Tensor:
+        fast.append(use_fast_accum)
+        return real(*args, use_fast_accum=use_fast_accum, **named)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    x, weight = (torch.randn(rows, 64, dtype=torch.bfloat16) for rows in (32, 48))
+    found = peers.scaled_mm(x, weight)()
+    assert fast == [True]
+    assert relative_error(found, x.float() @ weight.float().T) < 0.1
 
 
 def test_functions_take_turns_until_each_was_timed_often_enough(
