@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import blocks, cases, measure, peers, results, runner, targets, timing
+from benchmarks.gpu import blocks, cases, measure, peers, results, runner, targets, timing, worker
 from benchmarks.gpu.env import Env
 from benchmarks.gpu.peers import Peer
 from benchmarks.gpu.runner import Job, LostError, Plan, Worker, schedule
@@ -249,6 +249,53 @@ def test_a_worker_may_print_other_things_and_name_its_steps() -> None:
         assert worker._step == "build"
     finally:
         worker.stop()
+
+
+def test_an_answer_is_found_behind_a_line_that_a_library_did_not_end() -> None:
+    code = (
+        "from benchmarks.gpu.worker import say\n"
+        "print('noise', end='')\n"
+        "say({'check': 'passed'})\n"
+        "input()"
+    )
+    worker = Worker([sys.executable, "-c", code], {"PYTHONPATH": str(ROOT)})
+    try:
+        assert worker.ask({}, 30.0) == {"check": "passed"}
+    finally:
+        worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: unspecified launch failure", True),
+        ("Triton Error [CUDA]: device kernel image is invalid", True),
+        ("Triton Error [CUDA]: out of memory", False),
+        ("Triton Error [CUDA]: invalid argument", False),
+        ("CUDA error: an illegal instruction was encountered", True),
+        ("CUDA out of memory. Tried to allocate 2 GiB", False),
+    ],
+)
+def test_errors_after_which_a_process_is_of_no_use(text: str, lost: bool) -> None:
+    assert worker._is_lost(RuntimeError(text)) is lost
+
+
+def test_a_lost_context_is_answered_even_if_nothing_can_be_given_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: Any) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr("benchmarks.gpu.env.make", lambda dry: DRY)
+    monkeypatch.setattr("benchmarks.gpu.ceilings.measure", fails)
+    monkeypatch.setattr(measure, "release", fails)
+    monkeypatch.setattr(sys, "stdin", ['{"do": "ceilings"}'])
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    with torch.random.fork_rng(), torch.no_grad():
+        assert worker.main(True, 0) == 0
+    answer = json.loads(capsys.readouterr().out.strip().removeprefix(worker.MARK))
+    assert answer["lost"] is True
 
 
 # order, rows, files -------------------------------------------------------------------------------
