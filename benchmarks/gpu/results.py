@@ -97,8 +97,15 @@ def write(found: OpResults, header: Mapping[str, Any], folder: Path) -> Path:
     content = found.content(header)
     if file.exists():
         content = merged(json.loads(file.read_text()), content)
-    file.write_text(dumps(content))
+    _put(file, dumps(content))
     return file
+
+
+def _put(file: Path, text: str) -> None:
+    """Write all of it or nothing: half a file, left by a kill, would stop the next run."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +136,7 @@ def bundle(found: Mapping[str, OpResults], header: Mapping[str, Any], file: Path
     """Everything in one file: from a machine that gives back few of them."""
     content = {name: results.content(header) for name, results in found.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content) + "\n")
+    _put(file, json.dumps(content) + "\n")
 
 
 def unpack(file: Path, folder: Path | None = None) -> list[Path]:
@@ -140,7 +147,7 @@ def unpack(file: Path, folder: Path | None = None) -> list[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             content = merged(json.loads(target.read_text()), content)
-        target.write_text(dumps(content))
+        _put(target, dumps(content))
         written.append(target)
     return written
 

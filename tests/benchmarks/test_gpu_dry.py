@@ -415,6 +415,29 @@ def test_rows_of_another_commit_are_not_kept(tmp_path: Path) -> None:
     assert [row["case"] for row in json.loads(file.read_text())["rows"]] == ["new"]
 
 
+def test_a_write_that_fails_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(file: Path, text: str) -> None:
+        with file.open("w") as opened:
+            opened.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    op = results.OpResults("w8a8", "passed", [ROW])
+    file, bundle = results.write(op, HEADER, tmp_path), tmp_path / "b.json"
+    results.bundle({"w8a8": op}, HEADER, bundle)
+    before = file.read_text(), bundle.read_text()
+    monkeypatch.setattr(Path, "write_text", half)
+    for write in (
+        lambda: results.write(op, HEADER, tmp_path),
+        lambda: results.bundle({"w8a8": op}, HEADER, bundle),
+        lambda: results.unpack(bundle, tmp_path),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert (file.read_text(), bundle.read_text()) == before
+
+
 def test_a_bundle_unpacks_into_a_folder_by_gpu(tmp_path: Path) -> None:
     found = {"w8a8": results.OpResults("w8a8", "passed", [ROW])}
     results.bundle(found, HEADER, tmp_path / "b.json")
