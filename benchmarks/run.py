@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +65,8 @@ def gpu(options: argparse.Namespace) -> int:
     """The tests, if asked for, then the benchmark in what is left of the budget."""
     from benchmarks.gpu.runner import Plan, run
 
+    # the groups of the tests and of the worker end with this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begin = time.monotonic()
     failed = options.tests and not device_tests(options.budget / 2)
     plan = Plan(
@@ -88,11 +92,23 @@ def device_tests(limit: float) -> bool:
     command += [f"--ignore={folder}/test_offline.py"]  # needs no device
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", "8"]  # what takes time is compiling
+    return passes(command, limit)
+
+
+def passes(command: list[str], limit: float) -> bool:
+    """True if the tests that ``command`` runs pass within ``limit`` seconds; past them everything
+    that it started is killed, or it would compute on beside what is timed next.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
-        return subprocess.run(command, cwd=ROOT, timeout=limit).returncode == 0
+        return process.wait(limit) == 0
     except subprocess.TimeoutExpired:
         print(f"the tests took longer than {limit:.0f} s and were stopped", file=sys.stderr)
         return False
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the workers of xdist with it
+            process.wait()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -236,7 +235,6 @@ def _python_path() -> str:
 def run(plan: Plan) -> int:
     """Measure; 1 if anything was wrong, 2 if nothing could be run."""
     session = Session(plan)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the worker ends with this process
     try:
         reason = session.begin()
         if reason:

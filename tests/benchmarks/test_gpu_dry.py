@@ -1,6 +1,8 @@
 """The GPU benchmark without a GPU: what it checks, what it writes, what it survives."""
 
 import json
+import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from benchmarks.gpu.env import Env
 from benchmarks.gpu.peers import Peer
 from benchmarks.gpu.runner import Job, LostError, Plan, Worker, schedule
 from benchmarks.gpu.trial import Case, Trial, Work
+from benchmarks.run import passes
 from vdqc.base.numerics import relative_error
 from vdqc.base.target import TARGETS
 
@@ -296,6 +299,26 @@ def test_a_lost_context_is_answered_even_if_nothing_can_be_given_back(
         assert worker.main(True, 0) == 0
     answer = json.loads(capsys.readouterr().out.strip().removeprefix(worker.MARK))
     assert answer["lost"] is True
+
+
+def test_tests_that_are_stopped_leave_nothing_running(tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    os.mkfifo(alive)
+    reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        command = ["sh", "-c", f"(echo begun; exec sleep 300) > {alive} & wait"]
+        assert not passes(command, 2.0)
+        read = b""
+        while select.select([reader], [], [], 30.0)[0]:
+            part = os.read(reader, 100)
+            read += part
+            if not part:  # its end: whoever could write is gone
+                break
+        else:
+            pytest.fail("the child of a child is still there")
+        assert read == b"begun\n"
+    finally:
+        os.close(reader)
 
 
 # order, rows, files -------------------------------------------------------------------------------
