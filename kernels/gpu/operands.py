@@ -6,7 +6,6 @@ Source: ours.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any, final
 
@@ -160,8 +159,6 @@ def per_group(name: str, value: Tensor | None, x: Tensor) -> tuple[Tensor | None
     return spread.contiguous(), 1, x.shape[-1]
 
 
-@cache
 def hadamard_matrix(order: int, device: torch.device, transposed: bool = False) -> Tensor:
     """bf16[order, order] of +1 and -1."""
-    matrix = hadamard.hadamard(order)
-    return (matrix.T if transposed else matrix).to(device, torch.bfloat16).contiguous()
+    return hadamard.matrix_on(device, order, torch.bfloat16, transposed)

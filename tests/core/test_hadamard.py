@@ -24,6 +24,24 @@ def test_rows_are_orthogonal_in_integers(order: int) -> None:
     assert torch.equal(matrix @ matrix.T, order * torch.eye(order, dtype=torch.long))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_matrices_and_signs_are_on_the_cpu_whatever_the_default_device(order: int) -> None:
+    """Inductor's warm-up for CUDA graphs sets a default device."""
+    hadamard.hadamard.cache_clear()
+    with torch.device("meta"):
+        found = hadamard.hadamard(order), hadamard.random_signs(order, 0)
+    assert {tensor.device.type for tensor in found} == {"cpu"}
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_rotation_elsewhere_takes_kept_matrices(inverse: bool) -> None:
+    x, signs = torch.empty(3, 768, device="meta"), torch.empty(768, device="meta")
+    hadamard.matrix_on.cache_clear()
+    for _ in range(2):
+        assert hadamard.rotate(x, signs, 768, inverse).shape == x.shape
+    assert hadamard.matrix_on.cache_info().misses == 2  # 768 = 24 x 32
+
+
 @pytest.mark.parametrize("order", [0, 3, 6, 10, 92, 116])
 def test_an_order_without_construction_is_refused(order: int) -> None:
     assert not hadamard.is_order(order)

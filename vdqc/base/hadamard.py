@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -44,14 +45,14 @@ def is_order(order: int) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def hadamard(order: int) -> Tensor:
-    """int8[order, order] of +1 and -1 with H·Hᵀ = order·I. Shared: do not write into it.
+    """int8[order, order] on the CPU, +1 and -1 with H·Hᵀ = order·I. Shared: do not write into it.
 
     Raises InputError for an order that no construction reaches.
     """
     if order == 1:
-        return torch.ones(1, 1, dtype=torch.int8)
+        return torch.ones(1, 1, dtype=torch.int8, device="cpu")
     if order == 2:
-        return torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
+        return torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device="cpu")
     if is_order(order):
         if order % 8 == 0 and is_order(order // 2):
             return torch.kron(hadamard(2), hadamard(order // 2))
@@ -63,6 +64,24 @@ def hadamard(order: int) -> Tensor:
         f"no Hadamard matrix of order {order} can be constructed",
         f"nearest below: {largest_order(order - 1)}" if order > 1 else "an order is at least 1",
     )
+
+
+@functools.cache
+def matrix_on(device: torch.device, order: int, dtype: torch.dtype, transposed: bool) -> Tensor:
+    """``hadamard(order)``, or its transpose, as ``dtype`` on ``device``; shared, never dropped.
+
+    Made in a thread of its own: Inductor warms up for a CUDA graph with all that the thread
+    allocates taken from the graph's pool, and refuses what then outlives the call. A graph reads
+    the matrix where it was when the graph was captured, so it stays there.
+    """
+
+    def made() -> Tensor:
+        matrix = hadamard(order)
+        matrix = (matrix.T if transposed else matrix).to(dtype).contiguous()
+        return matrix.to(device)  # of memory that is not pinned: it is there on return
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(made).result()
 
 
 def largest_order(limit: int, divides: int = 0) -> int:
@@ -89,9 +108,9 @@ def factors(order: int) -> tuple[int, int] | None:
 
 
 def random_signs(width: int, seed: int) -> Tensor:
-    """float32[width] of +1 and -1, a function of the arguments alone."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (width,), generator=generator).float() * 2 - 1
+    """float32[width] on the CPU, +1 and -1, a function of the arguments alone."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, 2, (width,), generator=generator, device="cpu").float() * 2 - 1
 
 
 def rotate(x: Tensor, signs: Tensor, block: int, inverse: bool = False) -> Tensor:
@@ -110,7 +129,10 @@ def rotate(x: Tensor, signs: Tensor, block: int, inverse: bool = False) -> Tenso
         raise InputError(f"expected a Hadamard order that divides {width}, got block {block}")
     compute = torch.promote_types(x.dtype, torch.float32)
     signs = signs.to(compute)
-    left, right = (hadamard(order).to(x.device, compute) for order in pair)
+    if x.device.type == "cpu":
+        left, right = (hadamard(order).to(compute) for order in pair)
+    else:  # a copy from the CPU waits, which a CUDA graph must not
+        left, right = (matrix_on(x.device, order, compute, False) for order in pair)
     if inverse:
         left, right = left.T, right.T
 
@@ -149,8 +171,9 @@ def _characters(p: int, degree: int) -> Tensor:
     one in GF(p).
     """
     squares = {i * i % p for i in range(1, p)}
-    legendre = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, p)]).to(torch.int8)
-    element = torch.arange(p)
+    values = [0] + [1 if i in squares else -1 for i in range(1, p)]
+    legendre = torch.tensor(values, dtype=torch.int8, device="cpu")
+    element = torch.arange(p, device="cpu")
     if degree == 1:
         return legendre[(element[:, None] - element[None, :]) % p]
     nonsquare = next(i for i in range(2, p) if i not in squares)
@@ -162,7 +185,7 @@ def _characters(p: int, degree: int) -> Tensor:
 def _bordered(p: int, degree: int, corner: int) -> Tensor:
     """[[0, 1], [corner, Q]] of order q + 1, Q the characters: a conference matrix."""
     q = p**degree
-    matrix = torch.ones(q + 1, q + 1, dtype=torch.int8)
+    matrix = torch.ones(q + 1, q + 1, dtype=torch.int8, device="cpu")
     matrix[0, 0] = 0
     matrix[1:, 0] = corner
     matrix[1:, 1:] = _characters(p, degree)
@@ -171,12 +194,12 @@ def _bordered(p: int, degree: int, corner: int) -> Tensor:
 
 def _paley_one(p: int, degree: int) -> Tensor:
     """H = I + S, S skew; order q + 1."""
-    return _bordered(p, degree, -1) + torch.eye(p**degree + 1, dtype=torch.int8)
+    return _bordered(p, degree, -1) + torch.eye(p**degree + 1, dtype=torch.int8, device="cpu")
 
 
 def _paley_two(p: int, degree: int) -> Tensor:
     """H = S ⊗ [[1, 1], [1, -1]] + I ⊗ [[1, -1], [-1, -1]], S symmetric; order 2(q + 1)."""
     symmetric = _bordered(p, degree, 1)
-    identity = torch.eye(symmetric.shape[0], dtype=torch.int8)
-    inner = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
+    identity = torch.eye(symmetric.shape[0], dtype=torch.int8, device="cpu")
+    inner = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8, device="cpu")
     return torch.kron(symmetric, hadamard(2)) + torch.kron(identity, inner)
