@@ -8,7 +8,7 @@ Schemas speak of codes, scales and zero points only: integer results are equal o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -151,6 +151,7 @@ def define(
     supports: Callable[[Any, Target], str | None] = lambda problem, target: None,
     cost: Callable[[Any], Cost] = lambda problem: Cost({}, 0.0),
     spelled: Mapping[str, Callable[..., Any]] | None = None,
+    tags: Sequence[torch.Tag] = (),
 ) -> Kernel:
     """Register ``vdqc_kernels::<name>`` and describe it.
 
@@ -158,8 +159,9 @@ def define(
     fake       shapes and dtypes of the result, for tracing
     cpu        the fastest route on a CPU, if it is not the reference
     cuda       the route on an NVIDIA GPU; imports ``vdqc.kernels.gpu`` when it is called
+    tags       what torch is to know of the op
     """
-    op = torch.library.custom_op(f"vdqc_kernels::{name}", reference, mutates_args=())
+    op = torch.library.custom_op(f"vdqc_kernels::{name}", reference, mutates_args=(), tags=tags)
     op.register_fake(fake)
     if cpu is not None:
         op.register_kernel("cpu", cpu)

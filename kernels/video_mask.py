@@ -105,7 +105,15 @@ def _fake(
     return tuple(made)  # type: ignore[return-value]
 
 
-VIDEO_MASK = define("video_mask", reference=video_mask, fake=_fake, cuda=_cuda)
+VIDEO_MASK = define(
+    "video_mask",
+    reference=video_mask,
+    fake=_fake,
+    cuda=_cuda,
+    # masks are made at the first call of a size, and dropped when sizes are many: Inductor runs the
+    # op between two graphs
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 
 
 def key_order(order: Tensor, index: Tensor, valid: Tensor, video: int) -> tuple[Tensor, Tensor]:
