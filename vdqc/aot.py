@@ -3,6 +3,8 @@
 ``torch._inductor.aoti_load_package(folder / PACKAGE)`` gives a callable that takes the signature's
 inputs in order. Kernels that stay opaque to the compiler are called through the dispatcher, so the
 process that loads the package imports vdqc first (``vdqc.compiled.register_kernels``).
+
+A package is for the device that it was compiled on: one for a GPU target takes such a GPU.
 """
 
 from __future__ import annotations
@@ -21,17 +23,31 @@ from vdqc.ir.graph import Graph
 from vdqc.ir.signature import TensorInput
 from vdqc.lowering.prepare import prepare
 from vdqc.lowering.residual import has_residuals
+from vdqc.placement import name_device, unfit_gpu
 
 #: Where the package is, in the artifact's folder.
 PACKAGE = "program.pt2"
+
+
+def check_packages(target: Target) -> None:
+    """Raise LoweringError unless this machine can compile a package for ``target``."""
+    found = unfit_gpu(target)
+    if found is not None:
+        raise LoweringError(
+            f"expected a GPU of {target} or later for --aot with --target {target}, found {found}",
+            "compile on such a machine, or without --aot: the artifact runs under compile() too",
+            code="target",
+        )
 
 
 @torch.no_grad()
 def package(graph: Graph, target: Target, inputs: Sequence[Any], file: Path) -> None:
     """Compile a lowered graph into ``file``; sizes that vary in the signature vary in it too.
 
-    Raises LoweringError where Inductor or the C++ compiler fails.
+    For a GPU target the graph is moved to the current GPU, and stays there. Raises LoweringError
+    without such a GPU, and where Inductor or the C++ compiler fails.
     """
+    check_packages(target)
     if has_residuals(graph.module):
         raise LoweringError(
             "expected one program for --aot, got the two of 'reparameterize'",
@@ -47,12 +63,17 @@ def package(graph: Graph, target: Target, inputs: Sequence[Any], file: Path) -> 
         else None
         for entry in graph.signature.inputs
     ]
+    device = torch.device(target.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            name_device(graph.module.to(device), device)
             program = prepare(graph.module, target)
+            values = [v.to(device) if isinstance(v, Tensor) else v for v in _doubled(graph, inputs)]
             exported = torch.export.export(
-                program, tuple(_doubled(graph, inputs)), dynamic_shapes=tuple(sizes), strict=False
+                program, tuple(values), dynamic_shapes=tuple(sizes), strict=False
             )
             torch._inductor.aoti_compile_and_package(exported, package_path=str(file))
     except Exception as error:

@@ -65,7 +65,7 @@ def load(
     model = model.to(device)
     offer_precompiled(found.path, torch.device(device))
     if aot:
-        model.__dict__["_package"] = PackagedProgram(found.path)
+        model.__dict__["_package"] = PackagedProgram(found.path, model.device)
     return model
 
 

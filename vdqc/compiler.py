@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vdqc import report
-from vdqc.aot import PACKAGE, package
+from vdqc.aot import PACKAGE, check_packages, package
 from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError
 from vdqc.base.target import Target
 from vdqc.bypassed import refuse_bypassed_hooks
@@ -99,6 +99,8 @@ def compile(
     machine = usable_target(target, diagnostics)
     if precompile:
         check_precompiles(machine)
+    if aot:
+        check_packages(machine)
     place = own_place(out_folder(model, out))
     calls = None if pool is None else open_pool(Path(pool))
     with ExitStack() as kept, artifact.staging(place, force) as folder:

@@ -18,9 +18,12 @@ from vdqc.base.diagnostics import ArtifactError
 
 @final
 class PackagedProgram(nn.Module):
-    """The package of an artifact folder; its custom ops must be registered before."""
+    """The package of an artifact folder, on ``device``; its custom ops must be registered before.
 
-    def __init__(self, folder: Path) -> None:
+    Raises ArtifactError if there is none, if it does not load, or if it is for another device.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
         super().__init__()
         file = folder / PACKAGE
         if not file.is_file():
@@ -28,12 +31,20 @@ class PackagedProgram(nn.Module):
                 f"{folder} has no {PACKAGE}", "compile with --aot, or load without aot=True"
             )
         try:
-            self.runner: Any = torch._inductor.aoti_load_package(str(file))
+            index = -1 if device.index is None else device.index
+            self.runner: Any = torch._inductor.aoti_load_package(str(file), device_index=index)
         except Exception as error:
             raise ArtifactError(
                 f"{file} does not load on this machine: {error}",
                 "compile here with --aot, or load without aot=True",
             ) from error
+        made_for = self.runner.get_metadata().get("AOTI_DEVICE_KEY", device.type)
+        if made_for != device.type:
+            raise ArtifactError(
+                f"{file} was compiled for {made_for}: expected a package for {device}",
+                f"load with device='{made_for}', or without aot=True",
+                code="target",
+            )
 
     def forward(self, *values: Any) -> tuple[Any, ...]:
         """Outputs of the program for its inputs."""

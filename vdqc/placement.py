@@ -29,14 +29,9 @@ from vdqc.base.target import Target
 
 def check_machine(path: Path | str, target: Target, reference: bool) -> None:
     """Raise ArtifactError unless this machine runs programs for ``target``; warn of references."""
-    if target.device != "cuda":
+    found = unfit_gpu(target)
+    if found is None:
         return
-    if torch.cuda.is_available():
-        found = "sm{}{}".format(*torch.cuda.get_device_capability())
-        if _number(found) >= _number(target.name):
-            return
-    else:
-        found = "none"
     if reference:
         warnings.warn(
             f"{path} was compiled for {target} and runs here through the references of its "
@@ -51,6 +46,16 @@ def check_machine(path: Path | str, target: Target, reference: bool) -> None:
         "vdqc.load(path, reference=True), vdqc run --reference",
         code="target",
     )
+
+
+def unfit_gpu(target: Target) -> str | None:
+    """The GPU of this machine (``sm80``, ``none``) if it cannot run programs for ``target``."""
+    if target.device != "cuda":
+        return None
+    if not torch.cuda.is_available():
+        return "none"
+    found = "sm{}{}".format(*torch.cuda.get_device_capability())
+    return None if _number(found) >= _number(target.name) else found
 
 
 def destination(move: Callable[[Tensor], Tensor], dtype: torch.dtype, target: Target) -> Tensor:

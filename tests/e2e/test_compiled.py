@@ -21,6 +21,7 @@ from vdqc.compiled import CompiledModel, load
 from vdqc.ir import artifact
 from vdqc.ir.frontend import capture
 from vdqc.ir.sample import Sample
+from vdqc.packaged import PackagedProgram
 from vdqc.stand_in import Leaf
 from vdqc.testing.architectures import ARCHITECTURES
 
@@ -193,6 +194,8 @@ def test_native_package_runs_every_size(tmp_path: Path) -> None:
     for rows in (1, 2, 7):
         x = torch.randn(rows, 8)
         assert relative_error(packaged(x), model(x)) <= TOLERANCE[torch.float32]
+    with pytest.raises(ArtifactError, match="compiled for cpu: expected a package for meta"):
+        PackagedProgram(out, torch.device("meta"))
     (out / "program.pt2").unlink()
     with pytest.raises(ArtifactError, match="is missing"):
         load(out)

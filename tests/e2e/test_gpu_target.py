@@ -110,3 +110,17 @@ def test_precompile_asks_for_a_gpu_target(model_file: Path, tmp_path: Path) -> N
     with pytest.raises(LoweringError, match="expected a GPU target for --precompile, got cpu"):
         vdqc.compile(model_file, target="cpu", precompile=True, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("capability", "found"), [(None, "none"), ((8, 0), "sm80")])
+def test_a_package_for_a_gpu_is_compiled_on_one(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: Any, found: str
+) -> None:
+    """Said before the model is loaded; what was made here before ran on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr("vdqc.compiler.as_source", lambda *_: pytest.fail("the model was loaded"))
+    expected = f"expected a GPU of sm90 or later for --aot with --target sm90, found {found}"
+    with pytest.raises(LoweringError, match=expected):
+        vdqc.compile(model_file, target="sm90", aot=True, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
