@@ -8,7 +8,8 @@ is 2^(8 - bits) times too large (2^(12 - bits) with packed activations) and is s
 end. With group multipliers, or a plane of residual signs, lanes are whole weights instead.
 
 The weights are the left operand (``BLOCK_N`` rows): on Hopper that one may come from registers, so
-nothing is unpacked into memory. A width that 8 does not divide has a tail the planes do not reach:
+nothing is unpacked into memory. A width that 8 does not divide has a tail the planes do not reach,
+and multipliers of some odd sizes differ between lanes that are decoded as one (``_lanes_differ``):
 the weight is then unpacked to int8 first, once per call.
 
 Error: none in the integer part: 128 * 128 * K < 2^31 for K < 131072.
@@ -38,7 +39,7 @@ from vdqc.kernels.gpu.epilogue import (
     write_tile,
 )
 from vdqc.kernels.gpu.planes import decode, lanes, load_bytes
-from vdqc.kernels.gpu.runtime import Config, configuration, on_device, operand
+from vdqc.kernels.gpu.runtime import Config, arch_of, configuration, on_device, operand
 from vdqc.kernels.gpu.variants import INT8_MMA, Variant, configurations
 
 
@@ -302,14 +303,15 @@ def _run(
             raise InputError(f"multiplier: expected a divisor of K = {depth} groups, got {groups}")
     if m == 0 or n == 0:
         return
-    if depth % 8 or bits in (1, 8):
+    unpacked = depth % 8 != 0 or bits in (1, 8)
+    run = 0 if unpacked else depth // assembly.planes_of(bits)
+    size = depth // groups if groups > 1 else 0
+    if unpacked or (multiplier is not None and _lanes_differ(run, size, codes)):
         weight = _wide_weight(packed, bits, depth, multiplier, binary)
         gemm.run(_unpacked(codes) if code_bits == 4 else codes, weight, out, end, constants, config)
         return
     if config is None:
         config = configuration(_op(bits, code_bits, groups, binary), codes, n, depth)
-    run = depth // assembly.planes_of(bits)
-    size = depth // groups if groups > 1 else 0
     block = _block_k(config.block_k, math.gcd(run, size))
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     with on_device(codes):
@@ -347,6 +349,18 @@ def _op(bits: int, code_bits: int, groups: int, binary: bool) -> str:
     if groups > 1 and bits <= 5:  # more bits leave no room for multiples in eight
         return f"w{bits}a8g"
     return "w4a4" if bits == code_bits == 4 else f"w{bits}a8"
+
+
+def _lanes_differ(run: int, size: int, codes: Tensor) -> bool:
+    """True if four lanes that share a factor may not be of one group of one row.
+
+    They are neighbours in K, from a multiple of 4 of a plane on, and a group may end between them.
+    Triton 3.9 has another layout on sm100 where planes are no multiple of 16 wide: the lanes are
+    then four rows.
+    """
+    if size and math.gcd(run, size) % 4:
+        return True
+    return run % 16 != 0 and arch_of(codes.device) == "sm100"
 
 
 def _block_k(wanted: int, width: int) -> int:

@@ -3,10 +3,12 @@
 python launches.py all                every kind of launch, on every generation, bound only
 python launches.py fit SM            weights in many planes, compiled for SM: bytes of shared memory
 python launches.py store FOLDER       one kernel compiled for sm90, kept in FOLDER
+python launches.py lanes              layouts of packed weights times a factor on sm100
 python launches.py serve FOLDER       the same launch, from FOLDER; prints what Triton did
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +130,35 @@ def fit(arch: str) -> dict[str, int]:
     return found
 
 
+def lanes() -> dict[str, Any]:
+    """Planes of 48 compiled, and what planes of 40 would compile."""
+
+    def call(width: int) -> None:
+        of, factor = new(256, dtype=F32), new(256, 1, dtype=I8)
+        codes, scale = new(40, width, dtype=I8), new(40, 1, dtype=F32)
+        packed = new(256, width * 5 // 8, dtype=U8)
+        more = [packed, 5, factor, of, None, None, None, BF16]
+        assert PACKED_LINEAR.cuda is not None
+        PACKED_LINEAR.cuda(codes, scale, None, *more, binary=True)
+
+    with absent("sm100") as found:
+        call(8 * 48)
+    (files,) = found.values()
+    text = next(path for name, path in files.items() if name.endswith("ttgir")).read_text()
+    names = set(re.findall(r"elementwise_inline_asm.*-> tensor<\w+xi8, (#\w+)>", text))
+    layouts = [re.findall(rf"^{name} = (.*)$", text, re.M)[0] for name in names]
+    seen: list[str] = []
+
+    def hook(**known: Any) -> bool:
+        seen.append(known["repr"].partition("[")[0])
+        return True
+
+    triton.knobs.runtime.jit_cache_hook = hook
+    with absent("sm100"):
+        call(8 * 40)
+    return {"layouts": layouts, "narrow": seen}
+
+
 def one_launch() -> None:
     """That of the variant ``quantize_static/rows``."""
     assert QUANTIZE_STATIC.cuda is not None
@@ -166,6 +197,8 @@ def serve(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     verb = sys.argv[1]
-    verbs = {"fit": fit, "store": lambda at: store(Path(at)), "serve": lambda at: serve(Path(at))}
-    found = bound_only() if verb == "all" else verbs[verb](sys.argv[2])
+    verbs: dict[str, Callable[..., Any]]
+    verbs = {"all": bound_only, "lanes": lanes, "fit": fit}
+    verbs |= {"store": lambda at: store(Path(at)), "serve": lambda at: serve(Path(at))}
+    found = verbs[verb](*sys.argv[2:])
     print(json.dumps(found))

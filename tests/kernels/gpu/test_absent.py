@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,18 @@ def test_weights_in_many_planes_fit_the_smallest_shared_memory(tmp_path: Path) -
     found = launched(tmp_path, "fit", "sm89")
     assert len(found) == 5
     assert max(found.values()) <= TARGETS["sm89"].shared_memory
+
+
+def test_lanes_that_share_a_factor_are_neighbours_in_k_on_sm100(tmp_path: Path) -> None:
+    """Four in one register: an odd plane is laid out by rows there, so it is unpacked before."""
+    found = launched(tmp_path, "lanes")
+    assert found["layouts"]
+    for layout in found["layouts"]:
+        neighbours = (
+            r"register = \[\[0, 1\], \[0, 2\]|sizePerThread = \[1, (4|8|16)\].*order = \[1, 0\]"
+        )
+        assert re.search(neighbours, layout), layout
+    assert found["narrow"] == ["byte_gemm"]
 
 
 def test_a_stored_kernel_is_the_offline_compilers_and_serves_the_launch(tmp_path: Path) -> None:

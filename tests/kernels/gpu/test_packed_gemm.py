@@ -43,6 +43,19 @@ def test_multipliers_of_every_group_size(bits: int, groups: int, device: str) ->
     )
 
 
+@pytest.mark.parametrize(
+    ("bits", "width", "groups"), [(2, 24, 3), (4, 40, 4), (3, 24, 3), (2, 96, 16), (4, 48, 8)]
+)
+def test_groups_that_end_between_lanes(bits: int, width: int, groups: int, device: str) -> None:
+    """Four lanes are multiplied as one: planes of 6 and 3, groups of 10 and 6."""
+    top = 127 // 2 ** (bits - 1)
+    a, packed = codes(9, width, device=device), pack(codes(20, width, bits=bits), bits).to(device)
+    multiplier = torch.randint(-top, top + 1, (20, groups), dtype=torch.int8, device=device)
+    expected = packed_matmul(a, packed, bits, multiplier)
+    found = packed_gemm.packed_matmul(a, packed, bits, multiplier, config=SMALL)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("width", [96, 84])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_plane_of_residual_signs(groups: int, width: int, device: str) -> None:
