@@ -30,11 +30,16 @@ from torch import Tensor
 
 from vdqc.base.diagnostics import InputError, LoweringError
 from vdqc.base.numerics import TOLERANCE
+from vdqc.base.target import TARGETS
+from vdqc.kernels.gpu.memory import has_less, of_gpu
 
 #: Oldest Triton that compiles the sources here.
 MIN_TRITON = (3, 5)
 #: GPU generations with kernels, oldest first.
 ARCHS = ("sm80", "sm89", "sm90", "sm100", "sm120")
+
+#: The oldest generation with the least shared memory: its tiles fit every GPU.
+TIGHT = "sm89"
 
 #: Generation of the GPU that launches are compiled for while there is none (``absent``).
 ABSENT: ContextVar[str | None] = ContextVar("ABSENT", default=None)
@@ -183,6 +188,13 @@ def _fits(found: Sequence[int], wanted: Sequence[int | None]) -> bool:
     )
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have on ``device``; of the target, for a GPU that is not there."""
+    if device.type != "cuda":
+        return TARGETS[arch_of(device)].shared_memory
+    return of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one: Triton launches there, not where the data is."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
@@ -194,12 +206,15 @@ def best_config(
     """Tiles of ``op`` on ``arch`` for sizes ``problem`` (``m``, ``n``, ``k`` ...).
 
     What was refined on this GPU wins (``device`` names it), then the first row of the file that
-    fits the sizes and the Triton version, then ``Config()``, which every GPU can run.
+    fits the sizes and the Triton version, then ``Config()``, which every GPU can run. A GPU with
+    less shared memory than ``arch``, as sm86 has, gets the tiles of ``TIGHT``.
     """
     if device is not None:
         found = _refined(device).get(_problem_key(op, problem))
         if found is not None:
             return found
+        if has_less(device, arch):
+            arch = TIGHT
     for row in _rows(arch):
         limits = row.get("at_most", {})
         version = row.get("triton")

@@ -103,15 +103,26 @@ TARGETS: Mapping[str, Target] = {target.name: target for target in _ALL}
 
 
 def detect() -> Target:
-    """The target of this machine's first GPU, or the CPU."""
+    """The target of this machine's first GPU (see ``of_capability``), or the CPU."""
     import torch
 
     if not torch.cuda.is_available():
         return TARGETS["cpu"]
     major, minor = torch.cuda.get_device_capability()
-    name = f"sm{major}{minor}"
-    if name not in TARGETS:
+    found = of_capability(major, minor)
+    if found is None:
         raise ConfigError(
-            f"this GPU is {name}, for which vdqc has no target", "choose one with --target"
+            f"this GPU is sm{major}{minor}, for which vdqc has no target",
+            "choose one with --target",
         )
-    return TARGETS[name]
+    return found
+
+
+def of_capability(major: int, minor: int) -> Target | None:
+    """The newest target of a GPU's major version that is no newer than it; None if there is none.
+
+    It stands in for GPUs between two: sm80 for sm86 and sm87, sm100 for sm103, sm120 for sm121.
+    Their peaks differ and their shared memory may be less, which launches look at.
+    """
+    fits = [n for n in range(minor, -1, -1) if f"sm{major}{n}" in TARGETS]
+    return TARGETS[f"sm{major}{fits[0]}"] if fits else None

@@ -1,3 +1,4 @@
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -5,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vdqc.base.diagnostics import InputError, LoweringError
-from vdqc.kernels.gpu import packed_gemm, runtime, weight_only
+from vdqc.base.diagnostics import ConfigError, InputError, LoweringError
+from vdqc.base.target import TARGETS, detect
+from vdqc.kernels.gpu import attention, memory, packed_gemm, runtime, weight_only
 from vdqc.kernels.gpu.runtime import ARCHS, Config, arch_of_capability, operand
+from vdqc.placement import check_machine
 
 
 def test_operands_say_what_was_expected(device: str) -> None:
@@ -38,6 +41,36 @@ def test_a_gpu_runs_the_newest_kernels_of_its_major_version(
     capability: tuple[int, int], arch: str
 ) -> None:
     assert arch_of_capability(*capability) == arch
+
+
+@pytest.mark.parametrize("capability", [*itertools.product((7, 8, 9, 10, 11, 12), range(10))])
+def test_the_target_of_this_machine_is_that_of_its_kernels(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--target auto, also on GPUs between two targets: A10 (8.6), B300 (10.3), GB10 (12.1)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    try:
+        arch = arch_of_capability(*capability)
+    except LoweringError:
+        with pytest.raises(ConfigError, match=r"this GPU is sm\d+, for which vdqc has no target"):
+            detect()
+        return
+    assert detect().name == arch
+    check_machine("auto.vdqc", detect(), reference=False)
+
+
+def test_memory_is_the_gpus_own_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A10 runs the kernels of sm80 in less shared memory; so they take smaller tiles."""
+    for module in (memory, runtime):
+        monkeypatch.setattr(module, "of_gpu", lambda index: (99 << 10, 163 << 10)[index])
+    monkeypatch.setattr(runtime, "_refined", lambda device: {})
+    assert [memory.has_less(index, "sm80") for index in (0, 1)] == [True, False]
+    assert runtime.shared_memory(torch.device("cuda", 0)) == 99 << 10
+    assert runtime.shared_memory(torch.device("meta")) == TARGETS["sm80"].shared_memory
+    tiles = [attention.configuration("sm80", 128, 16, index) for index in (0, 1)]
+    assert [tile.stages for tile in tiles] == [2, 3]
+    assert attention.configuration("sm80", 128, 16) == tiles[1]
 
 
 def test_an_older_gpu_is_refused() -> None:
