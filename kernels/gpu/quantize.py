@@ -5,7 +5,7 @@ quantize_line   rows up to 16384 in registers, without a rotation
 quantize_row    the same with one: Hadamard blocks up to 128, or one Kronecker product
 quantize_steps  longer rows; low-rank branches; Hadamard blocks up to 128
 both            other combinations: the values go through memory once, in float32
-torch           rotations that neither takes
+torch           rotations that neither takes, or that need more shared memory than there is
 =============== =================================================================================
 
 Error: codes equal those of the reference wherever the values before them do; see ``steps``.
@@ -130,11 +130,11 @@ def quantise_rows(
         return replace(found, codes=flat.reshape(*x.shape[:-1], -1))
     if form.down is None and takes_line(width, steps):
         return launch_line(x, steps, form, y, gate)
-    if form.down is None and takes_row(width, steps, form.packed):
+    if form.down is None and takes_row(width, steps, form.packed, x):
         return launch_row(x, steps, form, y, gate)
     if takes_steps(width, steps):
         return launch_steps(x, steps, form, y, gate)
-    if takes_row(width, steps):
+    if takes_row(width, steps, x=x):
         value = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         stream = launch_row(x, steps, Form(0, sums=False), y, gate, value).stream
     else:
@@ -154,7 +154,7 @@ def rotate(x: Tensor, signs: Tensor, block: int, inverse: bool) -> Tensor | None
     # blocks that are Kronecker products themselves are taken as rows
     size = block if pair[0] > 1 else width
     steps = Prologue(signs=signs, block=block)
-    if not takes_row(size, steps):
+    if not takes_row(size, steps, x=x):
         return None
     rows = operand("x", x.reshape(-1, size), FLOATS)
     out = torch.empty_like(rows)

@@ -28,7 +28,7 @@ from vdqc.kernels.gpu.device import (
     symmetric_scale,
 )
 from vdqc.kernels.gpu.operands import Form, Quantised, allocate, arguments, hadamard_matrix
-from vdqc.kernels.gpu.runtime import on_device
+from vdqc.kernels.gpu.runtime import on_device, shared_memory
 from vdqc.kernels.gpu.steps import activate, affine, deviation, nibbles, residual
 from vdqc.kernels.prologue import Prologue
 
@@ -130,15 +130,30 @@ def _row(  # noqa: C901 - decided at compilation
                 tl.store(codes + base + column, code.to(tl.int8), mask=known)
 
 
-def takes_row(width: int, steps: Prologue, packed: bool = False) -> bool:
-    """True if a row fits in registers and its rotation is one or two small products."""
+def takes_row(width: int, steps: Prologue, packed: bool = False, x: Tensor | None = None) -> bool:
+    """True if a row fits in registers and its rotation is one or two small products.
+
+    With ``x``, which rows are of, also if its operands fit the GPU's shared memory.
+    """
     if not steps.block:
         return width <= ROW_LIMIT
     pair = hadamard.factors(steps.block) if width % steps.block == 0 else None
     if pair is None or max(pair) > ORDER_LIMIT or (pair[0] > 1 and steps.block != width):
         return False
     tile = row_tile(width, steps.block, packed)
-    return bool(tile["A"] * tile["B"] <= ROW_LIMIT)
+    if tile["A"] * tile["B"] > ROW_LIMIT:
+        return False
+    return x is None or row_memory(tile, pair, summands(x)) <= shared_memory(x.device)
+
+
+def row_memory(tile: dict[str, int], pair: tuple[int, int], terms: int) -> int:
+    """Bytes of shared memory at most: both matrices and the summands of a row, bfloat16.
+
+    Compiled (Triton 3.6 and 3.9): exact where A = B = 128, which is 96 KiB for a bfloat16 row and
+    128 KiB for a float32 one; less where they are smaller.
+    """
+    a, b = tile["A"], tile["B"]
+    return 2 * (b * b + (a * a if pair[0] > 1 else 0) + terms * a * b)
 
 
 def row_tile(width: int, block: int, packed: bool) -> dict[str, int]:

@@ -3,6 +3,7 @@
 python launches.py all                every kind of launch, on every generation, bound only
 python launches.py fit SM            weights in many planes, compiled for SM: bytes of shared memory
 python launches.py store FOLDER       one kernel compiled for sm90, kept in FOLDER
+python launches.py wide               kernels of the widest rotations where memory is short
 python launches.py lanes              layouts of packed weights times a factor on sm100
 python launches.py serve FOLDER       the same launch, from FOLDER; prints what Triton did
 """
@@ -159,6 +160,25 @@ def lanes() -> dict[str, Any]:
     return {"layouts": layouts, "narrow": seen}
 
 
+def wide() -> dict[str, Any]:
+    """Compiled, so that what does not fit is an error; by dtype and op."""
+    signs, behind = new(16384, dtype=F32), [16384, None, 8, False]
+    steps = ["none", None, None, 1e-6, None, None, "none", None]
+    rotate, quantise = [signs, 16384, False], [*steps, signs, *behind]
+    result = {}
+    for kernel, dtype, more in (
+        (FUSED_QUANTIZE, BF16, quantise),
+        (FUSED_QUANTIZE, F32, quantise),
+        (ROTATION, F32, rotate),
+    ):
+        assert kernel.cuda is not None
+        with absent("sm89") as found:
+            kernel.cuda(new(3, 16384, dtype=dtype), *more)
+        names = {name.partition(".")[0] for files in found.values() for name in files}
+        result[f"{kernel.name} {dtype}"] = sorted(name for name in names if name[:2] != "__")
+    return result
+
+
 def one_launch() -> None:
     """That of the variant ``quantize_static/rows``."""
     assert QUANTIZE_STATIC.cuda is not None
@@ -198,7 +218,7 @@ def serve(folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     verb = sys.argv[1]
     verbs: dict[str, Callable[..., Any]]
-    verbs = {"all": bound_only, "lanes": lanes, "fit": fit}
+    verbs = {"all": bound_only, "lanes": lanes, "fit": fit, "wide": wide}
     verbs |= {"store": lambda at: store(Path(at)), "serve": lambda at: serve(Path(at))}
     found = verbs[verb](*sys.argv[2:])
     print(json.dumps(found))

@@ -58,6 +58,16 @@ def test_lanes_that_share_a_factor_are_neighbours_in_k_on_sm100(tmp_path: Path) 
     assert found["narrow"] == ["byte_gemm"]
 
 
+def test_the_widest_rotations_run_where_memory_is_short(tmp_path: Path) -> None:
+    """16384 = 128 x 128 in float32 needs 128 KiB, and sm89 has 99: torch rotates those."""
+    found = launched(tmp_path, "wide")
+    assert found == {
+        "fused_quantize torch.bfloat16": ["_row"],
+        "fused_quantize torch.float32": ["_line"],
+        "rotation torch.float32": [],
+    }
+
+
 def test_a_stored_kernel_is_the_offline_compilers_and_serves_the_launch(tmp_path: Path) -> None:
     folder = tmp_path / "cubins"
     made = launched(tmp_path / "one", "store", folder)

@@ -182,7 +182,7 @@ def only(walk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if walk != "line":
         monkeypatch.setattr(quantize, "takes_line", lambda *_: False)
     if walk == "steps":
-        monkeypatch.setattr(quantize, "takes_row", lambda *_: False)
+        monkeypatch.setattr(quantize, "takes_row", lambda *_, **__: False)
 
 
 FORMS = {
