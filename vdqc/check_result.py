@@ -12,7 +12,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from vdqc.base.diagnostics import InputError
+from vdqc.base.diagnostics import ConfigError, InputError
 from vdqc.observe import SiteTime
 from vdqc.site_errors import SeenMask, SiteError
 
@@ -151,6 +151,11 @@ class Thresholds:
     min_ssim: float | None = None
     min_accuracy: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, wanted in asdict(self).items():
+            if wanted is not None and math.isnan(wanted):
+                raise ConfigError(f"{name}: expected a number, got nan")
+
     def misses(self, result: CheckResult) -> list[str]:
         """One sentence per threshold that ``result`` misses; InputError if it was not measured."""
         videos = result.videos
@@ -173,8 +178,8 @@ class Thresholds:
                     "or videos [N, C, F, H, W]"
                     + (", and accuracy(video, seed)" if what == "accuracy" else ""),
                 )
-            worst = min(values)
-            if worst < wanted:
+            if not all(value >= wanted for value in values):  # NaN is a miss
+                worst = next((value for value in values if math.isnan(value)), min(values))
                 found.append(f"{what} {worst:.4g} is below {wanted:g}")
         return found
 

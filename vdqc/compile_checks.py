@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from vdqc.base import numerics
 from vdqc.base.diagnostics import InputError, VerifyError
@@ -45,6 +46,26 @@ def float_output(source: Source) -> Tensor | None:
     advice = "expected samples that the model takes: check their shapes and dtypes"
     with users_code("the model's forward on the first sample", advice):
         return flat_output(source.model(**source.samples[0].inputs))
+
+
+@contextmanager
+def surroundings_kept(model: object) -> Iterator[None]:
+    """What the caller set does not enter the program, and what is set here does not stay.
+
+    Autocast would be captured as casts, passes that learn need gradients, and modules go back to
+    the mode, training or not, in which they came.
+    """
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    with ExitStack() as kept:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                kept.enter_context(torch.autocast(device, enabled=False))
+        kept.enter_context(torch.inference_mode(False))
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def check_capture(graph: Graph, manager: PassManager, expected: Tensor | None) -> None:

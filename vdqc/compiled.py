@@ -6,6 +6,7 @@ diffusers and transformers pipelines read; the original's source is neither need
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -316,6 +317,28 @@ class CompiledModel(nn.Module):
     def __repr__(self) -> str:
         return f"CompiledModel({self.extra_repr()})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        """A copy with weights of its own; what compilers see is prepared anew, on these."""
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        kept = {name: v for name, v in self.__dict__.items() if name not in _DERIVED}
+        copied.__dict__.update(copy.deepcopy(kept, memo), _reuse=None, _cache=None)
+        copied._prepare()
+        if self._compiled:
+            copied.compile(**self._options)
+        return copied
+
+    def __copy__(self) -> CompiledModel:
+        copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            "a compiled model cannot be pickled: its kernels belong to the process that loaded it",
+            "give the other process the folder, to vdqc.load; state_dict() can be pickled",
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
         """Move the weights; what would also convert them is refused."""
         probe = destination(fn, self.dtype, self.target)
@@ -382,6 +405,8 @@ class CompiledModel(nn.Module):
 
 
 _PROGRAM = "program."
+#: Attributes that ``_prepare`` makes from the others.
+_DERIVED = ("_prepared", "_reuse", "_eager", "_cache")
 
 
 def _original_names(

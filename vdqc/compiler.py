@@ -29,6 +29,7 @@ from vdqc.compile_checks import (
     check_weights,
     float_output,
     lower_checked,
+    surroundings_kept,
     weight_bytes,
 )
 from vdqc.engine.distributed import is_first_worker, own_place, workers
@@ -104,6 +105,7 @@ def compile(
     place = own_place(out_folder(model, out))
     calls = None if pool is None else open_pool(Path(pool))
     with ExitStack() as kept, artifact.staging(place, force) as folder:
+        kept.enter_context(surroundings_kept(model))
         source = as_source(model, samples, component, mapped)
         refuse_bypassed_hooks(source.model, diagnostics)
         expected = float_output(source) if verify else None
@@ -206,7 +208,7 @@ def parse_recipe(
 ) -> Recipe:
     """The complete recipe for a pass list or a named recipe; raises ConfigError or OrderError.
 
-    A scheme that is given wins over the named recipe's own.
+    A scheme that is given wins over the named recipe's own; globs alone add to it.
     """
     if passes is not None and recipe is not None:
         raise ConfigError(
@@ -214,7 +216,9 @@ def parse_recipe(
             f"'vdqc recipes {recipe}' prints its passes, to be edited",
         )
     found = NamedRecipe("", (passes or DEFAULT_PASSES,)) if recipe is None else named(recipe)
-    schemes = [scheme] if isinstance(scheme, str) else scheme or found.scheme
+    given = [scheme] if isinstance(scheme, str) else list(scheme or [])
+    whole = any("=" not in text or text.startswith("*=") for text in given)
+    schemes = given if whole else [*found.scheme, *given]
     return complete(Recipe.parse(found.pass_list if passes is None else passes, PASSES, schemes))
 
 

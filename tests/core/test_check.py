@@ -1,12 +1,13 @@
 """check() on models whose difference is known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from vdqc.base.diagnostics import InputError
+from vdqc.base.diagnostics import ConfigError, InputError
 from vdqc.check import check
 from vdqc.check_result import Thresholds
 from vdqc.ir.sample import Sample
@@ -86,6 +87,14 @@ def test_thresholds_name_what_was_missed():
     assert miss == "sqnr 40 is below 41"
     with pytest.raises(InputError, match="accuracy"):
         Thresholds(min_accuracy=0.5).misses(result)
+
+
+def test_nan_passes_no_gate():
+    result = check(Scale(1.01), source(generate=generate), timing_runs=0)
+    broken = replace(result, videos=(*result.videos, replace(result.videos[0], ssim=math.nan)))
+    assert Thresholds(min_ssim=0.1).misses(broken) == ["ssim nan is below 0.1"]
+    with pytest.raises(ConfigError, match="min_ssim: expected a number, got nan"):
+        Thresholds(min_ssim=math.nan)
 
 
 def test_faults_are_told_in_words():

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vdqc.cli.common import FAILED, OK, progress_of, show
+from vdqc.cli.common import FAILED, OK, progress_of, require_places, show, write_whole
 
 #: Its line in ``vdqc --help``.
 HELP = "compare a compiled model with its float model"
@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from vdqc.ir.source import load_source
     from vdqc.report.data import report_data
 
+    require_places(options.out, options.report)
     wanted = Thresholds(options.min_sqnr, options.min_psnr, options.min_ssim, options.min_accuracy)
     progress = progress_of(options)
     found = artifact.read(options.artifact, progress=progress)
@@ -70,12 +71,12 @@ def run(options: argparse.Namespace) -> int:
         progress=progress,
     )
     if options.report:
-        Path(options.report).write_text(report.render(report_data(found), result))
+        write_whole(options.report, report.render(report_data(found), result))
     data = result.to_json()
     try:
         misses = data["misses"] = wanted.misses(result)
     finally:  # what was measured is kept, also where a threshold was not
         if options.out:
-            Path(options.out).write_text(json.dumps(data, indent=2) + "\n")
+            write_whole(options.out, json.dumps(data, indent=2) + "\n")
     show(options, data, summary.checked(result, misses, options.report))
     return FAILED if misses else OK

@@ -7,9 +7,10 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from vdqc.base.diagnostics import Diagnostics
+from vdqc.base.diagnostics import ConfigError, Diagnostics
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -29,7 +30,7 @@ def add_recipe(sub: Any) -> None:
         action="append",
         metavar="[GLOB=]SCHEME",
         help="w8a8, w4a8-g64, none, ...; repeat with globs of site names, the last match wins "
-        "(default: the recipe's, else w8a8)",
+        "(default: the recipe's, to which globs alone add, else w8a8)",
     )
     sub.add_argument(
         "--target", default="auto", help="cpu, sm80 ... sm120, or auto: this machine (default)"
@@ -46,6 +47,26 @@ def add_recipe(sub: Any) -> None:
 def show(options: argparse.Namespace, data: Any, text: str) -> None:
     """``data`` as JSON if that was asked for, else ``text``."""
     print(json.dumps(data, indent=2) if options.json else text)
+
+
+def require_places(*files: str | None) -> None:
+    """Raise ConfigError for a file that could not be written, before hours of work."""
+    for file in files:
+        folder = Path(file or ".").absolute().parent
+        if not folder.is_dir():
+            raise ConfigError(f"cannot write {file}: there is no folder {folder}")
+
+
+def write_whole(file: str | Path, text: str) -> None:
+    """``text`` into ``file``, which is as it was if that fails; pipes and links are written to."""
+    from vdqc.ir.staging import atomic
+
+    place = Path(file)
+    if place.is_symlink() or (place.exists() and not place.is_file()):
+        place.write_text(text, encoding="utf-8")
+        return
+    with atomic(place) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def diagnostics_of(options: argparse.Namespace) -> Diagnostics:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vdqc.base.diagnostics import InputError
-from vdqc.cli.common import OK, progress_of, show
+from vdqc.cli.common import OK, progress_of, require_places, show, write_whole
 
 #: Its line in ``vdqc --help``.
 HELP = "write the report of an artifact, or compare several"
@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
     from vdqc.report import compare
     from vdqc.report.data import report_data
 
+    require_places(options.out)
     several = len(options.artifacts) > 1
     if several and options.block:
         raise ConfigError("expected one artifact with --block, got several")
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         text = report.render(found[0], checks[0] if checks else None, options.block)
     out = Path(options.out)
-    out.write_text(text, encoding="utf-8")
+    write_whole(out, text)
     data = {"report": str(out), "bytes": len(text.encode()), "artifacts": options.artifacts}
     show(options, data, f"report      {out}")
     return OK

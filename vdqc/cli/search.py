@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from vdqc.base.diagnostics import ConfigError
-from vdqc.cli.common import FAILED, OK, diagnostics_of, progress_of, show
+from vdqc.cli.common import (
+    FAILED,
+    OK,
+    diagnostics_of,
+    progress_of,
+    require_places,
+    show,
+    write_whole,
+)
 
 #: Its line in ``vdqc --help``.
 HELP = "choose schemes and transforms of every site within a budget"
@@ -55,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     out = None if options.out is None else Path(options.out)
     if out is not None and out.suffix != ".toml":
         raise ConfigError(f"-o: expected a file that ends in .toml, got {out}")
+    require_places(options.out, options.plot)
     from vdqc.search.budget import Budget
 
     budget = Budget.parse(options.budget, options.floor)
@@ -86,9 +95,9 @@ def run(options: argparse.Namespace) -> int:
         progress=progress_of(options),
     )
     if out is not None:
-        out.write_text(result.recipe.to_toml(), encoding="utf-8")
+        write_whole(out, result.recipe.to_toml())
     if options.plot is not None:
-        Path(options.plot).write_text(words.front_page(result), encoding="utf-8")
+        write_whole(options.plot, words.front_page(result))
     written = None if out is None else str(out)
     show(options, result.to_json(), words.searched(result, written, options.model))
     return FAILED if result.misses else OK

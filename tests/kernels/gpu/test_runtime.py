@@ -153,6 +153,7 @@ def test_refining_keeps_the_fastest_that_compiles(
 ) -> None:
     monkeypatch.setenv("VDQC_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    monkeypatch.setattr(memory, "of_gpu", lambda index: TARGETS["sm90"].shared_memory)
 
     def milliseconds(config: Config) -> float:
         if config.block_m == 256:
