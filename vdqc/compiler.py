@@ -16,6 +16,7 @@ from typing import Any, final
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from vdqc import report
 from vdqc.aot import PACKAGE, check_packages, package
@@ -285,8 +286,22 @@ def as_source(
     if samples is None:
         raise InputError("expected samples of the model's calls", "pass samples=[Sample({...})]")
     calls = [samples] if isinstance(samples, Sample) else list(samples)
+    model = unwrapped(model)
     check_samples(model, calls)
     return Source(model.eval(), calls, name=type(model).__name__)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile`` and the data-parallel wrappers make, which take any
+    arguments.
+    """
+    while True:
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def capture_source(source: Source, diagnostics: Diagnostics) -> tuple[Graph, PassRecord]:

@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,3 +96,12 @@ def test_files_are_whole_or_as_they_were(tmp_path: Path, monkeypatch: pytest.Mon
     require_places(str(file), None, "here.json")
     with pytest.raises(ConfigError, match="there is no folder"):
         require_places(str(tmp_path / "nowhere" / "page.html"))
+
+
+@pytest.mark.parametrize("wrapper", [torch.compile, nn.DataParallel])
+def test_wrappers_are_taken_off(artifact: Path, tmp_path: Path, wrapper: Callable[..., Any]):
+    out = tmp_path / "out"
+    found = compiler.compile(wrapper(model()), [call()], "quant", "w8a8", "cpu", out).path
+    assert load(found).state_dict().keys() == load(artifact).state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(load(found)(**call().inputs), load(artifact)(**call().inputs))

@@ -77,7 +77,9 @@ def staging(out: Path, force: bool = False) -> AbstractContextManager[Path]:
 
 
 def is_artifact(folder: Path) -> bool:
-    """True if ``folder`` has the manifest of an artifact, of any version, whole or damaged."""
+    """True if ``folder`` has the manifest of an artifact, of any version; its weights may be
+    damaged.
+    """
     try:
         check_kind(folder, read_manifest(folder))
     except ArtifactError as error:
