@@ -56,12 +56,13 @@ class Im2col(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Respell; the facts are counts of kernels."""
-        kernels = Counter[str]()
+        # all sizes first: the convolution that they stand in front of may be respelled itself
         sizes = SizeBuilder(
             graph, next((n for n in graph.nodes if n.op == "call_function"), graph.output)
         )
+        spaces: list[tuple[Site, Sequence[Any]]] = []
         for site in find_sites(graph, self.select, ctx):
-            geometry, wanted = Geometry.of(site.node), site.node.meta["val"].shape
+            wanted = site.node.meta["val"].shape
             try:
                 space = [sizes.operand(size) for size in (wanted[0], *wanted[2:])]
             except KeyError:
@@ -69,6 +70,10 @@ class Im2col(Pass):
                     site.name, "conv-size", "the inputs do not tell its size: left a convolution"
                 )
                 continue
+            spaces.append((site, space))
+        kernels = Counter[str]()
+        for site, space in spaces:
+            geometry = Geometry.of(site.node)
             rewrite(graph, site, geometry, space)
             kernels["x".join(map(str, geometry.kernel))] += 1
         graph.module.graph.eliminate_dead_code()

@@ -203,3 +203,35 @@ def test_a_quantised_convolution_runs_in_integers(tmp_path: Path) -> None:
     explain(source, parse_recipe("quant", "w8a8"), TARGETS["cpu"], said)
     assert [entry.code for entry in said].count("conv-float") == 1
     assert "int8_linear" in (artifact.path / "ir" / "06_lower.txt").read_text()
+
+
+class Strided(nn.Module):
+    """A convolution that is the graph's first op, then a strided one; ``skip`` joins both ends."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(16, 16, 3, padding=1)
+        self.down = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(16, 16, 4, 2, 1) if skip else None
+        self.middle = nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 4, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = torch.relu(self.first(input))
+        y = torch.relu(self.middle(torch.relu(self.down(x))))
+        return self.last(y if self.up is None else self.up(y) + x)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@torch.no_grad()
+def test_sizes_stay_in_front_of_what_reads_them_where_the_first_op_is_respelled(skip: bool) -> None:
+    torch.manual_seed(0)
+    model = Strided(skip).eval()
+    first, second, other = (
+        torch.randn(b, 16, h, w) for b, h, w in ((1, 8, 8), (2, 12, 10), (3, 6, 14))
+    )
+    graph = capture(model, [Sample({"input": first}), Sample({"input": second})])
+    run(graph, Canonicalize(), Im2col(), ctx=context(first, model=model))
+    assert {site.kind for site in graph.sites("first|down")} == {SiteKind.LINEAR}
+    for x in (first, second, other):
+        assert_close(graph.run(x)[0], model(x))
