@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from vdqc.base.diagnostics import ConfigError
+from vdqc.base.options import check_seed
 from vdqc.engine import losses
 from vdqc.engine.block_cache import parse_bytes
 from vdqc.engine.block_trainer import Schedule
@@ -96,6 +97,7 @@ class Distill(Pass):
     wants_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_seed(self.seed, "distill.seed")
         losses.parse(self.loss)
         parse_bytes(self.memory, "distill.memory")
         for option, least in (("epochs", 1), ("batch", 1), ("check", 1), ("patience", 0)):

@@ -38,6 +38,7 @@ from torch import Tensor
 from vdqc.base import hadamard
 from vdqc.base.diagnostics import ConfigError
 from vdqc.base.kronecker import hadamard_factors, square_factors
+from vdqc.base.options import check_seed
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import learned_factor, parameter_dtype
@@ -84,6 +85,7 @@ class Rotate(Pass):
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_seed(self.seed, "rotate.seed")
         if self.block != "full" and (isinstance(self.block, str) or self.block < LEAST_BLOCK):
             raise ConfigError(
                 f"rotate.block: expected 'full' or a number from {LEAST_BLOCK}, got '{self.block}'"

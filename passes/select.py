@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 from vdqc.base.diagnostics import ConfigError
+from vdqc.base.options import check_seed
 from vdqc.engine.diverse import Filter, Quota, Reference, Similarity, left_out, nfds, noise_score
 from vdqc.engine.features import candidate_features, saliences
 from vdqc.engine.pass_manager import Context, Pass, PassResult
@@ -99,6 +100,7 @@ class Select(Pass):
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_seed(self.seed, "select.seed")
         for option in ("count", "repeats", "clusters", "layers"):
             if getattr(self, option) < 1:
                 value = getattr(self, option)

@@ -21,6 +21,7 @@ from torch._dynamo import OptimizedModule
 from vdqc import report
 from vdqc.aot import PACKAGE, check_packages, package
 from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError
+from vdqc.base.options import check_seed
 from vdqc.base.target import Target
 from vdqc.bypassed import refuse_bypassed_hooks
 from vdqc.calls import users_code
@@ -97,6 +98,7 @@ def compile(
     a streamed model. Raises VdqcError.
     """
     diagnostics = diagnostics or Diagnostics()
+    check_seed(seed, "seed")
     plan = parse_recipe(passes, scheme, recipe)
     machine = usable_target(target, diagnostics)
     if precompile:

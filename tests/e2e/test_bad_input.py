@@ -80,6 +80,8 @@ def explosive(tmp_path) -> Path:
         (["--passes", "quant,rotate"], "'rotate' runs at annotated"),
         (["--passes", "quant,rotate"], "put 'rotate' earlier"),
         (["--passes", "rotate,canonicalize"], "'canonicalize' runs at captured"),
+        (["--seed", "9" * 23], "seed: expected a seed of at most 62 bits, got 999"),
+        (["--passes", f"rotate{{seed={2**62}}}"], "rotate.seed: expected a seed of at most 62"),
     ],
 )
 def test_words_are_checked_before_the_model_is_loaded(capsys, explosive, options, expected):

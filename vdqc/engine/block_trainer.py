@@ -97,7 +97,8 @@ class Schedule:
         """Batches of one epoch, of all workers: one sample of each lane, lanes shuffled."""
         lanes = self.lanes(count)
         if shuffled:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            seed = (self.seed * 1_000_003 + epoch) % 2**64  # as torch takes a negative one
+            generator = torch.Generator().manual_seed(seed)
             for lane in lanes:
                 order = torch.randperm(len(lane), generator=generator).tolist()
                 lane[:] = [lane[i] for i in order]

@@ -27,6 +27,7 @@ from vdqc.base.diagnostics import (
     VerifyError,
     nearest,
 )
+from vdqc.base.options import check_seed, option_text
 from vdqc.base.scheme import QuantScheme
 from vdqc.base.target import TARGETS, Target
 from vdqc.engine.calibrate import ActivationStats, activation_stats
@@ -81,6 +82,9 @@ class Context:
     trail: list[str] = field(default_factory=list)
     probe: Sample | None = None
     _stats: tuple[int, int, ActivationStats] | None = None
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed, "seed")
 
     def use(self, samples: Sequence[Sample]) -> None:
         """Learn from other samples from here on; the probe stays."""
@@ -142,15 +146,11 @@ class Pass(abc.ABC):
     def __str__(self) -> str:
         """``name{option=value,...}`` with the options that differ from their defaults."""
         options = [
-            f"{f.name}={_option(getattr(self, f.name))}"
+            f"{f.name}={option_text(getattr(self, f.name))}"
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
             if getattr(self, f.name) != f.default
         ]
         return self.name + (f"{{{','.join(options)}}}" if options else "")
-
-
-def _option(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
 @final
