@@ -96,6 +96,13 @@ def test_a_glob_that_matches_nothing_is_told_of() -> None:
     assert "known: 0" in told["glob-unused"]
 
 
+def test_globs_may_have_spaces_around_them() -> None:
+    graph, ctx = graph_and_context()
+    (record,) = PassManager([Scale(select="blocks.* | 0 ")]).run(graph, ctx)
+    assert record.rewrites == 1
+    assert [str(entry).count("'blocks.*'") for entry in ctx.diagnostics] == [1]
+
+
 def test_instruments_see_each_pass() -> None:
     seen = []
 

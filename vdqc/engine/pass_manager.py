@@ -33,7 +33,7 @@ from vdqc.base.target import TARGETS, Target
 from vdqc.engine.calibrate import ActivationStats, activation_stats
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import frozen
-from vdqc.ir.names import module_path, selects, source_line
+from vdqc.ir.names import globs_of, module_path, selects, source_line
 from vdqc.ir.sample import Sample
 from vdqc.ir.site import SiteKind
 from vdqc.ir.verifier import verify
@@ -289,7 +289,7 @@ def _tell_of_unused_globs(item: Pass, graph: Graph, ctx: Context) -> None:
     """Warn of globs among the options of ``item`` that match no site: names that were misspelt."""
     names = [site.name for site in graph.sites(kind=item.takes)]
     for option in _GLOBS:
-        for glob in filter(None, str(getattr(item, option, "")).split("|")):
+        for glob in filter(None, globs_of(str(getattr(item, option, "")))):
             if names and not any(selects(glob, name) for name in names):
                 ctx.diagnostics.warning(
                     "",

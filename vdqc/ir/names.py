@@ -53,7 +53,12 @@ def weight_source(node: fx.Node) -> fx.Node | None:
 
 def selects(globs: str, name: str) -> bool:
     """True if ``name`` is or matches the glob, or one of several in ``a|b``."""
-    return name == globs or any(fnmatch.fnmatchcase(name, glob) for glob in globs.split("|"))
+    return name == globs or any(fnmatch.fnmatchcase(name, glob) for glob in globs_of(globs))
+
+
+def globs_of(text: str) -> list[str]:
+    """The globs in ``a|b``, which may have spaces around them."""
+    return [glob.strip() for glob in text.split("|")]
 
 
 def name_sites(graph: fx.Graph) -> None:
