@@ -65,7 +65,7 @@ DEFAULT_PASSES = "rotate,smooth,quant"
 def compile(
     model: nn.Module | str | Path,
     samples: Iterable[Sample] | None = None,
-    passes: str | None = None,
+    passes: str | Sequence[str] | None = None,
     scheme: str | Sequence[str] | None = None,
     target: str = "auto",
     out: str | Path | None = None,
@@ -86,11 +86,12 @@ def compile(
     """Compile ``model`` (a module, a model.py or a diffusers folder) into the folder ``out``.
 
     ``passes`` (by default ``rotate,smooth,quant``) or ``recipe``, the name or file of one, say what
-    is done. ``scheme`` is ``w8a8`` or texts ``glob=scheme``, later ones win; ``out`` defaults to
-    ``<name>.vdqc``. Passes learn from the samples, or from the calls that ``record_pool`` left in
-    the folder ``pool``; the graph is captured from the samples either way. ``mapped`` leaves a
-    folder's weights on disk and streams them (by default where they exceed half of the free
-    memory); ``aot`` adds an AOTInductor package, ``precompile`` the GPU kernels as machine code.
+    is done; passes come as one text or as several. ``scheme`` is ``w8a8`` or texts ``glob=scheme``,
+    later ones win; ``out`` defaults to ``<name>.vdqc``. Passes learn from the samples, or from the
+    calls that ``record_pool`` left in the folder ``pool``; the graph is captured from the samples
+    either way. ``mapped`` leaves a folder's weights on disk and streams them (by default where they
+    exceed half of the free memory); ``aot`` adds an AOTInductor package, ``precompile`` the GPU
+    kernels as machine code.
     Words and order are checked before the model is loaded, an existing ``out`` is refused unless
     ``force``, and nothing is left behind if anything fails, but for a streamed model: what is
     finished then stays in ``<out>.partial``, where the same call goes on unless ``fresh``. Under
@@ -207,7 +208,9 @@ def record_pool(
 
 
 def parse_recipe(
-    passes: str | None, scheme: str | Sequence[str] | None, recipe: str | None = None
+    passes: str | Sequence[str] | None,
+    scheme: str | Sequence[str] | None,
+    recipe: str | None = None,
 ) -> Recipe:
     """The complete recipe for a pass list or a named recipe; raises ConfigError or OrderError.
 
@@ -218,7 +221,7 @@ def parse_recipe(
             "expected a pass list or a recipe, got both",
             f"'vdqc recipes {recipe}' prints its passes, to be edited",
         )
-    found = NamedRecipe("", (passes or DEFAULT_PASSES,)) if recipe is None else named(recipe)
+    found = NamedRecipe("", (DEFAULT_PASSES,)) if recipe is None else named(recipe)
     given = [scheme] if isinstance(scheme, str) else list(scheme or [])
     whole = any("=" not in text or text.startswith("*=") for text in given)
     schemes = given if whole else [*found.scheme, *given]

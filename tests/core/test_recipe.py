@@ -70,6 +70,7 @@ def test_a_list_round_trips(table: dict[str, str]) -> None:
         ("example{learn=yes}", "expected true or false, got 'yes'"),
         ("example{method=mes}", "did you mean 'mse'"),
         ("example{alpha}", "expected option=value"),
+        ("example{block=8, block=16}", "example.block: expected one value, got '8' and '16'"),
         ("example{", "cannot read the pass list"),
         ("", "empty"),
     ],
@@ -77,6 +78,16 @@ def test_a_list_round_trips(table: dict[str, str]) -> None:
 def test_bad_text_is_refused(table: dict[str, str], text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_passes(text, table)
+
+
+def test_a_pass_list_in_texts(table: dict[str, str]) -> None:
+    texts = ("example{alpha=0.25,block=128}", "example", "example{block=8},example")
+    assert parse_passes(texts, table) == parse_passes(",".join(texts), table)
+    assert str(Recipe.parse([*texts], table)) == ",".join(texts)
+    with pytest.raises(ConfigError, match="the pass list is empty"):
+        parse_passes([], table)
+    with pytest.raises(ConfigError, match="expected the passes as texts, got one of type Example"):
+        parse_passes([Example()], table)  # type: ignore[list-item]
 
 
 def test_none_where_the_type_allows_it(table: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from vdqc.base.diagnostics import ConfigError, InputError
 from vdqc.ir.frontend import capture
 from vdqc.ir.inputs import INPUTS
+from vdqc.ir.sample import Sample
 from vdqc.ir.source import load_source
 from vdqc.testing.architectures import ARCHITECTURES
 from vdqc.testing.harness import assert_close
@@ -38,6 +39,12 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "model.py"
     path.write_text(text)
     return path
+
+
+def test_a_sample_names_the_arguments() -> None:
+    with pytest.raises(InputError, match="arguments of forward by name, got a Tensor") as caught:
+        Sample(torch.zeros(2, 8))  # type: ignore[arg-type]
+    assert 'Sample({"hidden_states": x' in str(caught.value)
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,9 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
 
     @staticmethod
-    def parse(text: str, table: PassTable, schemes: Sequence[str] = ("w8a8",)) -> Recipe:
+    def parse(
+        text: str | Sequence[str], table: PassTable, schemes: Sequence[str] = ("w8a8",)
+    ) -> Recipe:
         """The recipe for a pass list and ``[glob=]scheme`` texts; raises ConfigError."""
         return Recipe(parse_passes(text, table), tuple(parse_rule(scheme) for scheme in schemes))
 
@@ -59,8 +61,16 @@ def load_pass(name: str, table: PassTable) -> type[Pass]:
     return cls
 
 
-def parse_passes(text: str, table: PassTable) -> tuple[Pass, ...]:
-    """``rotate,smooth{alpha=0.6},quant`` to pass objects."""
+def parse_passes(text: str | Sequence[str], table: PassTable) -> tuple[Pass, ...]:
+    """``rotate,smooth{alpha=0.6},quant``, or texts of such passes, to pass objects."""
+    if not isinstance(text, str):
+        parts = list(text)
+        if wrong := [part for part in parts if not isinstance(part, str)]:
+            raise ConfigError(
+                f"expected the passes as texts, got one of type {type(wrong[0]).__name__}",
+                'write e.g. passes=["rotate", "smooth{alpha=0.6}", "quant"]',
+            )
+        text = ",".join(parts)
     passes, position = [], 0
     while position < len(text):
         match = _ITEM.match(text, position)
@@ -69,7 +79,8 @@ def parse_passes(text: str, table: PassTable) -> tuple[Pass, ...]:
                 f"cannot read the pass list at '{text[position:]}'",
                 "expected name or name{option=value,...}, separated by commas",
             )
-        passes.append(make_pass(match["name"], _pairs(match["options"] or ""), table))
+        pairs = _pairs(match["name"], match["options"] or "")
+        passes.append(make_pass(match["name"], pairs, table))
         position = match.end()
     if not passes:
         raise ConfigError("the pass list is empty", "expected e.g. rotate,smooth,quant")
@@ -121,11 +132,16 @@ def convert(text: str, kind: Any, where: str) -> Any:
         raise ConfigError(f"{where}: expected {kind.__name__}, got '{text}'") from error
 
 
-def _pairs(text: str) -> dict[str, str]:
+def _pairs(name: str, text: str) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise ConfigError(f"expected option=value, got '{item}'")
+        if key in pairs:
+            raise ConfigError(
+                f"{name}.{key}: expected one value, got '{pairs[key]}' and '{value}'",
+                "leave one out",
+            )
         pairs[key] = value
     return pairs

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+from vdqc.base.diagnostics import InputError
+
 
 @final
 @dataclass(frozen=True)
@@ -25,3 +27,11 @@ class Sample:
     trajectory: int | None = None
     step: int | None = None
     branch: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Mapping):
+            raise InputError(
+                "expected a Sample of the arguments of forward by name, got a "
+                f"{type(self.inputs).__name__}",
+                'name them: Sample({"hidden_states": x, ...}, timestep=t)',
+            )
