@@ -95,6 +95,7 @@ class Distill(Pass):
     at: ClassVar[frozenset[Stage]] = frozenset({Stage.COMPRESSED})
     exact: ClassVar[bool] = False
     wants_teacher: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "distill.seed")

@@ -133,6 +133,12 @@ class Quant(Pass):
                 "leave one of them out; clip=input and step=input go with it",
             )
 
+    def leaves_free(self) -> Sequence[str]:
+        """Clips, steps and rounding, whichever are learned."""
+        fixed = {"clip": Clip.NONE, "step": Step.FIXED, "rounding": Rounding.NEAREST}
+        values = {option: getattr(self, option) for option in fixed}
+        return [f"{name}={value}" for name, value in values.items() if value is not fixed[name]]
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Quantise; facts: per site scheme, weight SQNR in dB, bits a weight, bytes; and totals."""
         keep_others_in_float(graph, self.select)

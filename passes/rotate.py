@@ -95,6 +95,10 @@ class Rotate(Pass):
         """This pass, which computes nothing from weights."""
         return self
 
+    def leaves_free(self) -> Sequence[str]:
+        """The rotation, if it is learned."""
+        return ["learn=true"] if self.learn else []
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Rotate; facts: how many groups got which block, how many values are rotated a token."""
         blocks: dict[int | str, int] = {}

@@ -106,6 +106,10 @@ class Smooth(Pass):
         """The same multiplies, by one."""
         return PlannedSmooth(self.form, self.learn, self.select)
 
+    def leaves_free(self) -> Sequence[str]:
+        """The scales, if they are learned."""
+        return ["learn=true"] if self.learn else []
+
     def forwards(self) -> float:
         """One, and one to keep rows where scales are weighed on them."""
         return 2.0 if self.search or self.form is Form.ACTIVATION else 1.0

@@ -36,7 +36,13 @@ from vdqc.compile_checks import (
 )
 from vdqc.engine.distributed import is_first_worker, own_place, workers
 from vdqc.engine.named import NamedRecipe, named
-from vdqc.engine.pass_manager import Context, PassManager, PassRecord, check_order
+from vdqc.engine.pass_manager import (
+    Context,
+    PassManager,
+    PassRecord,
+    check_order,
+    tell_of_untrained,
+)
 from vdqc.engine.pool import INDEX, Pool, open_pool
 from vdqc.engine.recipe import Recipe, load_pass
 from vdqc.engine.trajectory import record
@@ -101,6 +107,7 @@ def compile(
     diagnostics = diagnostics or Diagnostics()
     check_seed(seed, "seed")
     plan = parse_recipe(passes, scheme, recipe)
+    tell_of_untrained(plan.passes, diagnostics)
     machine = usable_target(target, diagnostics)
     if precompile:
         check_precompiles(machine)

@@ -1,15 +1,20 @@
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from vdqc.base import hadamard
-from vdqc.base.diagnostics import ConfigError
+from vdqc.base.diagnostics import ConfigError, Diagnostics
 from vdqc.base.options import check_seed
+from vdqc.compiler import compile, parse_recipe
 from vdqc.engine.block_trainer import Schedule
-from vdqc.engine.pass_manager import Context
+from vdqc.engine.named import names
+from vdqc.engine.pass_manager import Context, tell_of_untrained
 from vdqc.engine.recipe import parse_passes
+from vdqc.ir.sample import Sample
 from vdqc.passes.table import PASSES
 
 LARGEST = 2**62 - 1
@@ -36,3 +41,40 @@ def test_samples_are_shuffled_by_any_seed() -> None:
     generator = torch.Generator().manual_seed(-1_000_003 + 2)
     wanted = torch.randperm(6, generator=generator).tolist()
     assert list(chain(*replace(schedule, seed=-1).order(6, 2, shuffled=True))) == wanted
+
+
+def untrained(passes: str | None, recipe: str | None = None) -> list[str]:
+    """What is said of options that leave free what nothing trains."""
+    diagnostics = Diagnostics()
+    tell_of_untrained(parse_recipe(passes, None, recipe).passes, diagnostics)
+    return [entry.message for entry in diagnostics if entry.code == "learned-untrained"]
+
+
+@pytest.mark.parametrize(
+    ("passes", "named"),
+    [
+        ("quant{clip=learned}", "by quant{clip=learned}:"),
+        ("smooth{learn=true},rotate,quant", "by smooth{learn=true}:"),
+        ("rotate{learn=true},quant,gptq", "by rotate{learn=true}:"),
+        ("quant{rounding=learned,step=input},calibrate", "quant{step=input}, quant{rounding=lea"),
+        ("rotate{learn=true},smooth{learn=true},quant", "rotate{learn=true}, smooth{learn=true}:"),
+    ],
+)
+def test_what_is_left_free_and_not_trained_is_told_of_once(passes: str, named: str) -> None:
+    (message,) = untrained(passes)
+    assert named in message
+    assert not untrained(f"{passes},distill")
+
+
+@pytest.mark.parametrize("name", names())
+def test_recipes_train_what_they_leave_free(name: str) -> None:
+    assert not untrained(None, name)
+
+
+def test_compile_tells_of_what_is_not_trained(tmp_path: Path) -> None:
+    samples = [Sample({"input": torch.randn(batch, 8)}) for batch in (2, 3)]
+    artifact = compile(
+        nn.Linear(8, 8), samples, ["quant{clip=learned}"], target="cpu", out=tmp_path / "out"
+    )
+    told = {entry["code"]: entry for entry in artifact.manifest["diagnostics"]}
+    assert "put distill behind" in str(told["learned-untrained"])

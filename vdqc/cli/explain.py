@@ -20,10 +20,12 @@ def add(sub: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry it out; the exit code."""
     from vdqc import compiler, summary
+    from vdqc.engine.pass_manager import tell_of_untrained
     from vdqc.explain import explain
 
     diagnostics = diagnostics_of(options)
     recipe = compiler.parse_recipe(options.passes, options.scheme, options.recipe)
+    tell_of_untrained(recipe.passes, diagnostics)
     target = compiler.usable_target(options.target, diagnostics)
     source = compiler.as_source(options.model, None, options.component)
     plan = explain(source, recipe, target, diagnostics, progress=progress_of(options))

@@ -125,6 +125,8 @@ class Pass(abc.ABC):
     exact: ClassVar[bool]
     #: True for a pass that compares with the float graph, ``Context.teacher``.
     wants_teacher: ClassVar[bool] = False
+    #: True for a pass that trains what those before it left free.
+    trains: ClassVar[bool] = False
     #: The kind of site that its option ``select`` names.
     takes: ClassVar[SiteKind] = SiteKind.LINEAR
 
@@ -138,6 +140,10 @@ class Pass(abc.ABC):
         None where neither the kernels of sites nor what runs between them depend on it.
         """
         return None
+
+    def leaves_free(self) -> Sequence[str]:
+        """The options, as ``learn=true``, that leave something for a later pass to train."""
+        return ()
 
     def forwards(self) -> float:
         """Forward passes of the whole model for each sample that it takes; a backward is two."""
@@ -197,6 +203,18 @@ def check_order(passes: Sequence[Pass], start: Stage = Stage.CAPTURED) -> Stage:
             )
         stage = item.to if item.to is not None else stage
     return stage
+
+
+def tell_of_untrained(passes: Sequence[Pass], diagnostics: Diagnostics) -> None:
+    """Warn of options that leave free what no pass behind them trains."""
+    last = max((index for index, item in enumerate(passes) if item.trains), default=-1)
+    if left := [f"{p.name}{{{option}}}" for p in passes[last + 1 :] for option in p.leaves_free()]:
+        diagnostics.warning(
+            "",
+            "learned-untrained",
+            f"nothing trains what is left free by {', '.join(left)}: it stays where it starts",
+            "put distill behind, or leave the option out",
+        )
 
 
 def _advice(item: Pass, stage: Stage) -> str:
