@@ -126,7 +126,10 @@ class Sparsify(Pass):
         if self.budget is Budget.CALIBRATED and not base.masks:
             raise ConfigError(f"sparsify.budget: '{self.policy}' chooses blocks itself")
         if not 0 <= self.dense_steps < 1:
-            raise ConfigError(f"sparsify.dense_steps: expected 0 ... 1, got {self.dense_steps:g}")
+            raise ConfigError(
+                "sparsify.dense_steps: expected 0 up to, not including, 1, "
+                f"got {self.dense_steps:g}"
+            )
 
     @property
     def base(self) -> MaskPolicy:

@@ -1,6 +1,7 @@
 """sparsify: which attentions, which masks, at which density; and what it refuses."""
 
 import functools
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -268,7 +269,11 @@ def test_bad_input() -> None:
         ({"density": 0.0}, "densities"),
         ({"policy": "topk", "budget": Budget.CALIBRATED}, "chooses"),
         ({"dense_steps": 1.0}, "dense_steps"),
+        ({"dense_steps": 1.0}, "expected 0 up to, not including, 1, got 1"),
         ({"mass": 0.5}, "mass"),
+        ({"mass": math.nan}, "mass"),
+        ({"policy": "mass", "mass": math.nan}, "mass"),
+        ({"policy": "mass", "mass": -0.5}, "mass"),
     ]:
         with pytest.raises(ConfigError, match=word):
             Sparsify(**options)
@@ -331,7 +336,7 @@ def test_a_budget_is_kept_and_spent_where_it_helps(density: float, seed: int) ->
 @given(
     name=st.sampled_from(sorted(MASKS)),
     density=st.floats(0.01, 1),
-    block=st.sampled_from([64, 128]),
+    block=st.sampled_from([64, 128, 1_000_000]),
     sinks=st.integers(0, 2),
     mass=st.floats(0.1, 1),
 )

@@ -70,7 +70,7 @@ class MaskPolicy:
             raise ConfigError(f"policy '{self.name}' has one density, got {list(self.densities)}")
         if self.block < 1 or self.sinks < 0:
             raise ConfigError(f"expected block >= 1 and sinks >= 0, got {self.block}, {self.sinks}")
-        if (self.name == "mass") != (self.mass > 0) or self.mass > 1:
+        if (self.name == "mass") != (self.mass != 0) or not 0 <= self.mass <= 1:
             raise ConfigError(f"policy 'mass' alone has a mass in (0, 1], got {self.mass:g}")
 
     @staticmethod
@@ -110,12 +110,12 @@ class MaskPolicy:
     def __str__(self) -> str:
         density = "/".join(f"{d:g}" for d in self.densities)
         extra = "".join(
-            f",{name}={value:g}"
-            for name, value, default in (
-                ("block", self.block, 128),
-                ("sinks", self.sinks, 0),
-                ("mass", self.mass, 0.0),
+            f",{name}={text}"
+            for name, text, default in (
+                ("block", f"{self.block}", "128"),
+                ("sinks", f"{self.sinks}", "0"),
+                ("mass", f"{self.mass:g}", "0"),
             )
-            if value != default
+            if text != default
         )
         return f"{self.name}{{density={density}{extra}}}"
