@@ -32,6 +32,7 @@ Online: a join and a permutation of the output where rows have several widths.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -41,6 +42,7 @@ from torch import Tensor, fx
 
 from vdqc.base.allocation import kurtosis, outlier_split, row_errors, row_size, spend
 from vdqc.base.diagnostics import ConfigError, InputError
+from vdqc.base.options import check_belongs
 from vdqc.base.scheme import QuantScheme
 from vdqc.engine.moments import input_moments
 from vdqc.engine.pass_manager import Context, Pass, PassResult
@@ -72,6 +74,17 @@ class Choice(enum.StrEnum):
 
     LAYER = "layer"
     ROW = "row"
+
+
+_BY_ROWS = (Method.ROWS, Method.PLANES)
+_BELONGS = (
+    ("search", "method", _BY_ROWS),
+    ("choice", "method", (Method.PLANES,)),
+    ("largest", "method", _BY_ROWS),
+    ("largest", "search", (Search.KURTOSIS,)),
+    ("low", "method", (Method.LAYERS,)),
+    ("high", "method", (Method.LAYERS,)),
+)
 
 
 @final
@@ -110,6 +123,9 @@ class Allocate(Pass):
             raise ConfigError(
                 f"allocate: expected 1 <= low <= high <= 8, got {self.low}, {self.high}"
             )
+        if self.budget is not None and not 0 < self.budget < math.inf:
+            raise ConfigError(f"allocate.budget: expected bits above 0, got {self.budget:g}")
+        check_belongs(self, _BELONGS)
         by_rows = self.method is not Method.LAYERS
         if by_rows and self.search is Search.KURTOSIS and self.budget is not None:
             raise ConfigError(

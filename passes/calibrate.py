@@ -27,6 +27,7 @@ from torch import Tensor, fx
 
 from vdqc.base import numerics
 from vdqc.base.diagnostics import ConfigError
+from vdqc.base.options import check_belongs
 from vdqc.base.ranges import clipped_range, percentile_range
 from vdqc.base.scheme import QuantSpec
 from vdqc.engine.calibrate import SiteStats, observe
@@ -74,6 +75,7 @@ class Calibrate(Pass):
             raise ConfigError(
                 f"calibrate.percentile: expected above 50 and up to 100, got {self.percentile:g}"
             )
+        check_belongs(self, (("percentile", "method", (Method.PERCENTILE,)),))
 
     def forwards(self) -> float:
         """One."""

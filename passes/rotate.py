@@ -38,7 +38,7 @@ from torch import Tensor
 from vdqc.base import hadamard
 from vdqc.base.diagnostics import ConfigError
 from vdqc.base.kronecker import hadamard_factors, square_factors
-from vdqc.base.options import check_seed
+from vdqc.base.options import check_belongs, check_seed
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import learned_factor, parameter_dtype
@@ -69,7 +69,7 @@ class Rotate(Pass):
         block: order of the Hadamard blocks: a number, or ``full`` for one over all channels.
             Where it does not divide a width, the largest order below it that does is taken.
         seed: of the random signs; each group has its own.
-        learn: leave a Kronecker rotation over all channels free for ``distill``; ``block`` is moot.
+        learn: leave a Kronecker rotation over all channels free for ``distill``, without ``block``.
         form: of a learned rotation: ``affine`` may also stretch, ``orthogonal`` only turns.
         select: glob of sites.
     """
@@ -86,6 +86,7 @@ class Rotate(Pass):
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "rotate.seed")
+        check_belongs(self, (("block", "learn", (False,)), ("form", "learn", (True,))))
         if self.block != "full" and (isinstance(self.block, str) or self.block < LEAST_BLOCK):
             raise ConfigError(
                 f"rotate.block: expected 'full' or a number from {LEAST_BLOCK}, got '{self.block}'"

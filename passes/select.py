@@ -19,14 +19,13 @@ Online: nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 from vdqc.base.diagnostics import ConfigError
-from vdqc.base.options import check_seed
+from vdqc.base.options import check_belongs, check_seed
 from vdqc.engine.diverse import Filter, Quota, Reference, Similarity, left_out, nfds, noise_score
 from vdqc.engine.features import candidate_features, saliences
 from vdqc.engine.pass_manager import Context, Pass, PassResult
@@ -106,13 +105,8 @@ class Select(Pass):
                 value = getattr(self, option)
                 raise ConfigError(f"select.{option}: expected 1 or more, got {value}")
         if not 0 <= self.drop < 1:
-            raise ConfigError(f"select.drop: expected 0 up to 1, got {self.drop:g}")
-        for field in dataclasses.fields(self):
-            owner = _OWNERS.get(field.name, self.method)
-            if owner is not self.method and getattr(self, field.name) != field.default:
-                raise ConfigError(
-                    f"select.{field.name} belongs to method={owner}, got method={self.method}"
-                )
+            raise ConfigError(f"select.drop: expected 0 up to, not including, 1, got {self.drop:g}")
+        check_belongs(self, _BELONGS)
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Choose; facts: what was chosen and why, what was left out, stability over seeds."""
@@ -211,10 +205,11 @@ class Select(Pass):
 
 
 _DIVERSE = ("clusters", "drop", "filter", "reference", "similarity", "quota", "layers")
-_OWNERS = {
-    **dict.fromkeys(_DIVERSE, Method.NFDS),
-    **dict.fromkeys(("latent", "norm", "neighbour", "per_prompt"), Method.SALIENT),
-}
+_SALIENT = ("latent", "norm", "neighbour", "per_prompt")
+_BELONGS = (
+    *((option, "method", (Method.NFDS,)) for option in _DIVERSE),
+    *((option, "method", (Method.SALIENT,)) for option in _SALIENT),
+)
 
 
 def _timestep(samples: Sequence[Sample], index: int) -> float | None:

@@ -38,6 +38,7 @@ from torch import Tensor, fx
 from vdqc.base import numerics
 from vdqc.base.branches import alternating_factors, leading_factors
 from vdqc.base.diagnostics import ConfigError, OrderError
+from vdqc.base.options import check_belongs
 from vdqc.base.rounding import output_error
 from vdqc.engine.frame_gains import observed_gains
 from vdqc.engine.moments import input_moments
@@ -115,8 +116,19 @@ class Split(Pass):
 
     def __post_init__(self) -> None:
         for option, value in (("rank", self.rank), ("rounds", self.rounds)):
-            if value < (1 if option == "rounds" else 0):
-                raise ConfigError(f"split.{option}: got {value}, expected more")
+            if value < 1:
+                raise ConfigError(f"split.{option}: expected 1 or more, got {value}")
+        svd, oolri, tqe = Branch
+        check_belongs(
+            self,
+            (
+                ("rank", "branch", (svd, oolri)),
+                ("rounds", "branch", (svd,)),
+                ("placement", "branch", (oolri,)),
+                ("init", "branch", (tqe,)),
+                ("gain", "branch", (tqe,)),
+            ),
+        )
         behind = self.branch is not Branch.SVD
         stage = Stage.COMPRESSED if behind else Stage.ANNOTATED
         # of the instance, so that a wrong order is refused before a model is loaded

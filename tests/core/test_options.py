@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -41,6 +42,39 @@ def test_samples_are_shuffled_by_any_seed() -> None:
     generator = torch.Generator().manual_seed(-1_000_003 + 2)
     wanted = torch.randperm(6, generator=generator).tolist()
     assert list(chain(*replace(schedule, seed=-1).order(6, 2, shuffled=True))) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "split{branch=tqe,rank=5}",
+            "split.rank belongs to branch=svd or branch=oolri, got branch",
+        ),
+        ("split{branch=oolri,rounds=2}", "split.rounds belongs to branch=svd, got branch=oolri"),
+        ("split{placement=inner}", "split.placement belongs to branch=oolri, got branch=svd"),
+        ("split{init=svd}", "split.init belongs to branch=tqe"),
+        ("split{gain=none}", "split.gain belongs to branch=tqe"),
+        ("rotate{form=orthogonal}", "rotate.form belongs to learn=true, got learn=false"),
+        ("rotate{learn=true,block=8}", "rotate.block belongs to learn=false, got learn=true"),
+        (
+            "calibrate{method=absmax,percentile=70}",
+            "calibrate.percentile belongs to method=percentile, got method=absmax",
+        ),
+        ("allocate{choice=row}", "allocate.choice belongs to method=planes, got method=rows"),
+        ("allocate{low=3}", "allocate.low belongs to method=layers, got method=rows"),
+        ("allocate{search=error,largest=2}", "allocate.largest belongs to search=kurtosis"),
+        (
+            "allocate{method=layers,search=error}",
+            "allocate.search belongs to method=rows or method=planes, got method=layers",
+        ),
+        ("allocate{search=error,budget=nan}", "allocate.budget: expected bits above 0, got nan"),
+        ("allocate{search=error,budget=inf}", "allocate.budget: expected bits above 0, got inf"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_passes(text, PASSES)
 
 
 def untrained(passes: str | None, recipe: str | None = None) -> list[str]:

@@ -306,7 +306,7 @@ def test_options() -> None:
     assert Select.at == {Stage.CAPTURED, Stage.ANNOTATED}
     for bad, message in (
         ("count=0", r"select.count: expected 1 or more, got 0"),
-        ("drop=1", r"select.drop: expected 0 up to 1, got 1"),
+        ("drop=1", r"select.drop: expected 0 up to, not including, 1, got 1"),
         ("clusters=4", r"select.clusters belongs to method=nfds, got method=random"),
         ("method=nfds,norm=frobenius", r"select.norm belongs to method=salient"),
         ("method=best", r"select.method: got 'best'"),
