@@ -60,7 +60,7 @@ class Im2col(Pass):
         sizes = SizeBuilder(
             graph, next((n for n in graph.nodes if n.op == "call_function"), graph.output)
         )
-        spaces: list[tuple[Site, Sequence[Any]]] = []
+        spaces: list[tuple[Site, list[Any]]] = []
         for site in find_sites(graph, self.select, ctx):
             wanted = site.node.meta["val"].shape
             try:
