@@ -139,6 +139,10 @@ class Quant(Pass):
         values = {option: getattr(self, option) for option in fixed}
         return [f"{name}={value}" for name, value in values.items() if value is not fixed[name]]
 
+    def planned(self) -> PlannedQuant:
+        """Which sites stay in float."""
+        return PlannedQuant(self.select)
+
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Quantise; facts: per site scheme, weight SQNR in dB, bits a weight, bytes; and totals."""
         keep_others_in_float(graph, self.select)
@@ -218,6 +222,23 @@ class Quant(Pass):
             factor = graph.call(aten.exp.default, param, before=before)
             scale = graph.call(aten.mul.Tensor, scale, factor, before=before)
         return scale
+
+
+@final
+@dataclass(frozen=True)
+class PlannedQuant(Pass):
+    """``Quant`` that inserts no quantisers: the schemes of sites tell what it would."""
+
+    select: str
+
+    name: ClassVar[str] = "quant"
+    at: ClassVar[frozenset[Stage]] = Quant.at
+    exact: ClassVar[bool] = True
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        """Leave schemes to the sites that would be quantised."""
+        keep_others_in_float(graph, self.select)
+        return PassResult(sum(map(len, quantised_groups(graph))))
 
 
 def keep_others_in_float(graph: Graph, select: str) -> None:

@@ -141,16 +141,24 @@ class Split(Pass):
         """Whether the branch is free."""
         return self.branch is not Branch.SVD if self.learn is None else self.learn
 
+    @property
+    def inner(self) -> bool:
+        """Whether the branch is inside the quantiser of the weight."""
+        return self.branch is Branch.OOLRI and self.placement is Placement.INNER
+
+    def planned(self) -> PlannedSplit | None:
+        """The same branches, of zeros; what is inside a weight leaves nothing."""
+        if self.inner:
+            return None
+        return PlannedSplit(self.branch, self.rank, self.gain, self.select)
+
     def forwards(self) -> float:
         """One for the second moments of inputs, where the branch is fitted again."""
         return 1.0 if self.rounds > 1 else 0.0
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Split; facts: per site the rank and bytes of its branch, and what is known of it."""
-        inner = self.branch is Branch.OOLRI and self.placement is Placement.INNER
-        mark = "inside" if inner else "branch"
-        groups = quantised_groups(graph, self.select)
-        sites = [site for group in groups for site in group if matches(site, mark, ctx)]
+        sites = find_sites(graph, self.select, "inside" if self.inner else "branch", ctx)
         if self.branch is Branch.SVD:
             found = self.svd(graph, sites, ctx)
         elif self.branch is Branch.OOLRI:
@@ -202,7 +210,7 @@ class Split(Pass):
         error = (weight - quantised).to(parameter_dtype(weight.dtype))
         up, down = leading_factors(error, self.fitting(site, ctx))
         left = float((error - up @ down).norm() / error.norm().clamp_min(1e-30))
-        if self.placement is Placement.INNER:
+        if self.inner:
             inside(graph, site, quantised, self.factors(graph, site, up, down, wide=True))
             return {"rank": up.shape[1], "bytes": 0, "error_left": round(left, 4)}
         dtype = weight.dtype
@@ -232,7 +240,8 @@ class Split(Pass):
                 attach(graph, site, branch(graph, site, site.input, *nodes))
                 continue
             name = param_name(site, "branch_gain")
-            node = graph.set_param(name, gain, free=self.learned)
+            # of its own: peers read one value, and each learns its gain
+            node = graph.set_param(name, gain.clone(), free=self.learned)
 
             def times(
                 narrow: fx.Node, node: fx.Node = node, layout: Any = layout, site: Site = site
@@ -280,7 +289,45 @@ class Split(Pass):
         return min(self.rank, least)
 
 
+@final
+@dataclass(frozen=True)
+class PlannedSplit(Pass):
+    """``Split`` with factors of zero, before anything was quantised. Weights stay as they are."""
+
+    branch: Branch
+    rank: int
+    gain: Gain
+    select: str
+
+    name: ClassVar[str] = "split"
+    at: ClassVar[frozenset[Stage]] = frozenset({Stage.ANNOTATED})
+    exact: ClassVar[bool] = True
+
+    def run(self, graph: Graph, ctx: Context) -> PassResult:
+        """Insert the branches; facts: rank and bytes of each, as those of ``Split``."""
+        gain = self.gain if self.gain is Gain.NONE else Gain.ONES
+        split = Split(self.branch, self.rank, gain=gain, learn=False, select=self.select)
+        sites = find_sites(graph, self.select, "branch", ctx)
+        if self.branch is Branch.TQE:  # it starts without a look at weights
+            return PassResult(len(sites), {"branches": split.tqe(graph, sites, ctx)})
+        found = {}
+        for site in sites:
+            weight, rank = site.weight.meta["val"], split.fitting(site, ctx)
+            up = torch.zeros(weight.shape[0], rank, dtype=weight.dtype)
+            down = torch.zeros(rank, weight.shape[1], dtype=weight.dtype)
+            nodes = split.factors(graph, site, up, down)
+            attach(graph, site, branch(graph, site, site.input, *nodes))
+            found[site.name] = size_facts(up, down)
+        return PassResult(len(sites), {"branches": found})
+
+
 # match ------------------------------------------------------------------------------------------
+
+
+def find_sites(graph: Graph, select: str, mark: str, ctx: Context) -> list[Site]:
+    """Sites that ``select`` names and that have no branch of the kind ``mark`` yet."""
+    groups = quantised_groups(graph, select)
+    return [site for group in groups for site in group if matches(site, mark, ctx)]
 
 
 def matches(site: Site, mark: str, ctx: Context) -> bool:

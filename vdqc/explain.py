@@ -1,8 +1,9 @@
 """explain(): what compile would do, found out without doing it.
 
 The model is captured, its sites are annotated, and what passes insert is inserted and folded, with
-scales of one: nothing is computed from weights or samples. Then every site is asked which kernel
-its scheme would get on the target, and why; ``vdqc.forecast`` says what the whole program takes.
+scales of one and branches of zero: nothing is computed from weights or samples. Then every site is
+asked which kernel its scheme would get on the target, and why; ``vdqc.forecast`` says what the
+whole program takes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vdqc.lowering.machine import measured, rates
 from vdqc.lowering.rules import sized_like
 from vdqc.lowering.select import choose
 from vdqc.lowering.sparse import is_sparse, sparse_problem
+from vdqc.passes.quant import keep_others_in_float
 from vdqc.sites import SiteRow, site_rows, with_kernels
 
 
@@ -102,7 +104,9 @@ def explain(
     with sized_like(annotated, first):
         plain_us = total_cost(choose(annotated, target), annotated).us(machine)
     planned = [stand_in for item in recipe.passes if (stand_in := item.planned()) is not None]
-    PassManager([*reading, *planned], probe=False).run(graph, ctx)
+    records = PassManager([*reading, *planned], probe=False).run(graph, ctx)
+    if not any(item.to is Stage.COMPRESSED for item in recipe.passes):
+        keep_others_in_float(graph, "")  # schemes that no pass carries out
     learning = learning_calls(recipe, len(source.samples)) * plain_us * 1e-6
     with sized_like(graph, first):
         choices = [c.priced(machine) for c in choose(graph, target, planned=True)]
@@ -110,7 +114,7 @@ def explain(
         forecast = forecast_of(
             graph, choices, machine, captured + learning, sum(mask.stored_bytes for mask in masks)
         )
-    rows = with_kernels(site_rows(graph), choices)
+    rows = with_kernels(site_rows(graph, records), choices)
     stage, passes = Stage.CAPTURED, []
     for item in recipe.passes:
         stage = item.to if item.to is not None else stage

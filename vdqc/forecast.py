@@ -3,8 +3,8 @@
 ======== ==========================================================================================
 time     of one call like the first sample under ``torch.compile``: sites and what runs between
          them, at the rates of this machine if the target is its CPU
-weights  bytes of the compiled model, exact but for what is learned: branches, rows of several
-         widths, learned rotations
+weights  bytes of the compiled model, exact but for what is learned: rows of several widths,
+         rotations
 memory   weights, stored values alive at one time, sums and codes of the largest linear
 compile  seconds: capture as measured now, weights at the rate of ``benchmarks/compile_time.py``,
          every pass's forward passes of the float model over the samples

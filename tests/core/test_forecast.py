@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import vdqc
 from vdqc.base.diagnostics import Diagnostics
@@ -12,6 +14,7 @@ from vdqc.check import weight_bytes
 from vdqc.compiler import as_source, parse_recipe
 from vdqc.explain import Plan, explain, learning_calls
 from vdqc.forecast import predicted_seconds
+from vdqc.ir.sample import Sample
 from vdqc.testing.architectures import ARCHITECTURES
 
 CPU = TARGETS["cpu"]
@@ -31,12 +34,76 @@ def planned(model: Path, passes: str, scheme: str) -> Plan:
         ("rotate,smooth,quant", "w4a4-asym"),
         ("smooth,quant", "w4a8-g16"),
         ("quant", "w3a16"),
+        ("rotate", "w4a8"),
+        ("rotate,smooth", "w4a8"),
+        ("quant{select=blocks.0.up}", "w4a8"),
+        ("smooth,quant{select=blocks.0.*}", "w8a8"),
+        ("quant{select=nope}", "w4a8"),
+        ("split{rank=4},quant", "w4a8"),
+        ("split{rank=99},quant{select=*.up}", "w4a8"),
+        ("quant,split{branch=oolri,rank=4}", "w4a8"),
+        ("quant,split{branch=oolri,rank=4,learn=false}", "w4a8"),
+        ("quant,split{branch=oolri,rank=4,placement=inner}", "w4a8"),
+        ("quant{select=*.up},split{branch=oolri,rank=4,select=*.1.*}", "w4a8"),
+        ("quant,split{branch=tqe}", "w4a8"),
+        ("quant,split{branch=tqe,init=svd,gain=none}", "w4a8"),
     ],
 )
 def test_weights_are_exact(model_file: Path, tmp_path: Path, passes: str, scheme: str) -> None:
     plan = planned(model_file, passes, scheme)
     out = vdqc.compile(model_file, None, passes, scheme, "cpu", tmp_path / "out").path
     assert plan.forecast.weight_bytes == weight_bytes(vdqc.load(out))
+
+
+@pytest.mark.parametrize("name", ["svdquant", "vidit_q"])
+def test_weights_of_a_recipe_are_exact(model_file: Path, tmp_path: Path, name: str) -> None:
+    plan = explain(
+        as_source(model_file, None, None), parse_recipe(None, None, name), CPU, Diagnostics()
+    )
+    out = vdqc.compile(model_file, recipe=name, target="cpu", out=tmp_path / "out").path
+    assert plan.forecast.weight_bytes == weight_bytes(vdqc.load(out))
+
+
+@pytest.mark.parametrize("learning", ["", ",distill{epochs=1}"], ids=["started", "learned"])
+def test_weights_are_exact_with_gains_of_frames(tmp_path: Path, learning: str) -> None:
+    architecture = ARCHITECTURES["wan-t2v"]
+    model, samples = architecture.build(), architecture.samples()
+    passes = "quant,split{branch=tqe}" + learning
+    plan = explain(
+        as_source(model, samples, None), parse_recipe(passes, ["w4a8"]), CPU, Diagnostics()
+    )
+    out = tmp_path / "out"
+    vdqc.compile(model, samples, passes, "w4a8", "cpu", out, verify=False)
+    assert plan.forecast.weight_bytes == weight_bytes(vdqc.load(out))
+
+
+def test_weights_in_half_precision_are_exact_with_a_branch(tmp_path: Path) -> None:
+    model, passes = nn.Linear(64, 32).bfloat16(), "quant,split{branch=oolri,rank=4}"
+    samples = [Sample({"input": torch.randn(4, 64).bfloat16()})]
+    recipe, out = parse_recipe(passes, ["*=w4a8"]), tmp_path / "out"
+    plan = explain(as_source(model, samples, None), recipe, CPU, Diagnostics())
+    vdqc.compile(model, samples, passes, "w4a8", "cpu", out)
+    assert plan.forecast.weight_bytes == weight_bytes(vdqc.load(out))
+
+
+def test_a_plan_leaves_in_float_what_nothing_quantises(model_file: Path) -> None:
+    kernels = {row.name: row.kernel for row in planned(model_file, "rotate", "w4a8").sites}
+    assert set(kernels.values()) == {"aten"}
+    rows = planned(model_file, "quant{select=*.up}", "w4a8").sites
+    quantised = {row.name for row in rows if row.kernel not in ("aten", "attention")}
+    assert quantised == {"blocks.0.up", "blocks.1.up"}
+    assert {row.scheme for row in rows if row.name not in quantised} <= {"none", ""}
+
+
+def test_a_row_of_a_plan_counts_its_branch(model_file: Path) -> None:
+    passes = "quant{select=*.up},split{branch=oolri,rank=4}"
+    rows = {row.name: row.bytes or 0 for row in planned(model_file, passes, "w4a8").sites}
+    plain = planned(model_file, "quant{select=*.up}", "w4a8").sites
+    more = {row.name: rows[row.name] - (row.bytes or 0) for row in plain}
+    branch = 4 * 4 * (32 + 64)
+    assert {name: extra for name, extra in more.items() if extra} == dict.fromkeys(
+        ["blocks.0.up", "blocks.1.up"], branch
+    )
 
 
 @pytest.mark.parametrize("heads", ["calibrated", "online"])
