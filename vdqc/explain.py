@@ -107,6 +107,8 @@ def explain(
     records = PassManager([*reading, *planned], probe=False).run(graph, ctx)
     if not any(item.to is Stage.COMPRESSED for item in recipe.passes):
         keep_others_in_float(graph, "")  # schemes that no pass carries out
+    for name in sorted(graph.free):  # what is learned is computed once, at lowering
+        graph.set_param(name, graph.param(name))
     learning = learning_calls(recipe, len(source.samples)) * plain_us * 1e-6
     with sized_like(graph, first):
         choices = [c.priced(machine) for c in choose(graph, target, planned=True)]

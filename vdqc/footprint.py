@@ -25,6 +25,7 @@ from torch import fx
 from vdqc.base.packing import packed_bytes
 from vdqc.base.scheme import GranularityKind, QuantScheme
 from vdqc.ir.graph import Graph
+from vdqc.ir.site import SiteKind
 from vdqc.kernels.int8_linear import INT8_LINEAR
 from vdqc.kernels.packed_linear import PACKED_LINEAR
 from vdqc.passes import fold
@@ -42,6 +43,13 @@ def kernel_bytes(kernel: str, rows: int, width: int, scheme: QuantScheme) -> int
         grouped = spec.granularity.kind is GranularityKind.GROUP
         return codes + rows * (4 + groups * grouped + 4 * (not spec.symmetric) + 4 * sums)
     return codes + rows * groups * (4 + 4 * (not spec.symmetric))
+
+
+def range_bytes(graph: Graph) -> int:
+    """Bytes of scales and zero points of static activations: one pair for peers of one spec."""
+    schemes = [(s.input, s.scheme.input) for s in graph.sites(kind=SiteKind.LINEAR) if s.scheme]
+    static = {(value, spec) for value, spec in schemes if spec is not None and not spec.dynamic}
+    return sum(4 + 4 * (not spec.symmetric) for _, spec in static)
 
 
 def weight_bytes(graph: Graph, quantised: set[str]) -> int:

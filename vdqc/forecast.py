@@ -4,7 +4,7 @@
 time     of one call like the first sample under ``torch.compile``: sites and what runs between
          them, at the rates of this machine if the target is its CPU
 weights  bytes of the compiled model, exact but for what is learned: rows of several widths,
-         rotations
+         clips of dynamic inputs (4 bytes each)
 memory   weights, stored values alive at one time, sums and codes of the largest linear
 compile  seconds: capture as measured now, weights at the rate of ``benchmarks/compile_time.py``,
          every pass's forward passes of the float model over the samples
@@ -20,7 +20,7 @@ from typing import Any, final
 import torch
 
 from vdqc.base.target import Target
-from vdqc.footprint import kernel_bytes, stored_bytes, weight_bytes
+from vdqc.footprint import kernel_bytes, range_bytes, stored_bytes, weight_bytes
 from vdqc.ir.graph import Graph
 from vdqc.ir.site import SiteKind
 from vdqc.kernels.base import Cost
@@ -57,7 +57,8 @@ def forecast_of(
     """
     kernels = {choice.site: choice.kernel for choice in choices if choice.kernel != "aten"}
     sites = [site for site in graph.sites(kind=SiteKind.LINEAR) if site.name in kernels]
-    weights, working = extra_bytes + weight_bytes(graph, {site.name for site in sites}), 0
+    weights, working = extra_bytes + range_bytes(graph), 0
+    weights += weight_bytes(graph, {site.name for site in sites})
     for site in sites:
         problem = linear_site(graph, site).problem
         assert site.scheme is not None
