@@ -305,7 +305,8 @@ class PlannedSplit(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Insert the branches; facts: rank and bytes of each, as those of ``Split``."""
-        gain = self.gain if self.gain is Gain.NONE else Gain.ONES
+        gains = self.branch is Branch.TQE and self.gain is not Gain.NONE
+        gain = Gain.ONES if gains else self.gain
         split = Split(self.branch, self.rank, gain=gain, learn=False, select=self.select)
         sites = find_sites(graph, self.select, "branch", ctx)
         if self.branch is Branch.TQE:  # it starts without a look at weights
