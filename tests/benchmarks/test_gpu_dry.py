@@ -294,8 +294,9 @@ def test_a_lost_context_is_answered_even_if_nothing_can_be_given_back(
     monkeypatch.setattr("benchmarks.gpu.ceilings.measure", fails)
     monkeypatch.setattr(measure, "release", fails)
     monkeypatch.setattr(sys, "stdin", ['{"do": "ceilings"}'])
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    with torch.random.fork_rng(), torch.no_grad():
+    # not by monkeypatch: undoing hides an option of torch's configuration for good
+    limit = torch._dynamo.config.patch(recompile_limit=8)
+    with limit, torch.random.fork_rng(), torch.no_grad():
         assert worker.main(True, 0) == 0
     answer = json.loads(capsys.readouterr().out.strip().removeprefix(worker.MARK))
     assert answer["lost"] is True
