@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vdqc.base.diagnostics import InputError, LoweringError
 from vdqc.base.numerics import TOLERANCE
-from vdqc.base.target import TARGETS
+from vdqc.base.target import TARGETS, of_capability
 from vdqc.kernels.gpu.memory import has_less, of_gpu
 
 #: Oldest Triton that compiles the sources here.
@@ -138,15 +138,14 @@ def _arch_of_index(index: int) -> str:
 
 def arch_of_capability(major: int, minor: int) -> str:
     """``(8, 6) -> sm80``, ``(12, 1) -> sm120``; LoweringError below 8.0 and for unknown majors."""
-    known = [(int(arch[2:-1]), int(arch[-1])) for arch in ARCHS]
-    fits = [(a, b) for a, b in known if a == major and b <= minor]
-    if not fits:
+    found = of_capability(major, minor)
+    if found is None:
         raise LoweringError(
             f"expected a GPU of {', '.join(ARCHS)}, got sm{major}{minor}",
             "run the program on the CPU: --target cpu",
             code="device",
         )
-    return "sm{}{}".format(*max(fits))
+    return found.name
 
 
 def operand(
