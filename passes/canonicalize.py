@@ -9,6 +9,7 @@
     view, _unsafe_view, squeeze, flatten, view_as     ->  reshape
     split_with_sizes(x, [n, n]), chunk                ->  split(x, n)
     x * rsqrt(mean(x²) + eps) [cast] * w              ->  rms_norm(x, w, eps) [casts]
+    softmax(q @ k.mT * scale + mask) @ v              ->  scaled_dot_product_attention(q, k, v, ...)
     sym_size(any value), size arithmetic              ->  once, at the top, from the inputs' sizes
     two equal pure nodes                              ->  one
 
@@ -16,7 +17,7 @@ Only legal because capture functionalised the graph: nothing writes, so a copy i
 
 Source: RMSNorm: Zhang and Sennrich, arXiv 1910.07467, eq. 4.
 Invariant: bit-exact, except that a fused rms_norm rounds once where half-precision code rounds
-    twice (its sum of squares stays in float32).
+    twice (its sum of squares stays in float32), and what ``written_attention`` says of its own.
 Online: costs nothing, removes nodes.
 """
 
@@ -28,13 +29,16 @@ from typing import Any, ClassVar, final
 import torch
 from torch import fx
 
-from vdqc.engine.pass_manager import Context, Pass, PassResult
+from vdqc.base.numerics import TOLERANCE, relative_error
+from vdqc.engine.pass_manager import Context, Pass, PassResult, probe_output
 from vdqc.ir.blocks import block_name
 from vdqc.ir.graph import Graph, Stage
+from vdqc.ir.names import module_path
 from vdqc.ir.pattern import Mismatch, any_, any_list, either, match, number, op
 from vdqc.ir.site import note
 from vdqc.ir.sizes import SizeBuilder
 from vdqc.ir.spelling import noop_source, respelled
+from vdqc.ir.written_attention import SOFTMAXES, fuse_attentions
 
 A = torch.ops.aten
 
@@ -56,6 +60,7 @@ class Canonicalize(Pass):
             "sizes": _hoist_sizes(graph),
             "dropped": _drop_noops(graph),
             "rms_norm": _fuse_rms_norms(graph),
+            "attention": _fuse_attentions(graph, ctx),
             "merged": _merge_equal(graph),
         }
         graph.module.graph.eliminate_dead_code()
@@ -221,6 +226,40 @@ def _channel_weight(graph: Graph, node: fx.Node, normalized: fx.Node) -> fx.Node
         return None
     same = weight.meta["val"].dtype == value.dtype
     return weight if same and tuple(weight.meta["val"].shape) == (value.shape[-1],) else None
+
+
+# rewrite: attention -----------------------------------------------------------------------------
+
+
+def _fuse_attentions(graph: Graph, ctx: Context) -> int:
+    """Fuse attention that is written out, unless the probe feels that narrow scores were rounded.
+
+    Code in half precision rounds its scores, by 0.25 where they reach 64; the one op does not.
+    """
+
+    def tell(softmax: fx.Node, reason: str) -> None:
+        sentence = f"attention stays written out, so it is no site: {reason}"
+        ctx.diagnostics.remark(module_path(softmax), "attention-written-out", sentence)
+
+    if not any(node.target in SOFTMAXES for node in graph.nodes):
+        return 0
+    dtype = getattr(torch, graph.origin.dtype)
+    if dtype in (torch.float16, torch.bfloat16) and ctx.samples:
+        graph.version += 1
+        fused = graph.clone()
+        count = fuse_attentions(fused, lambda softmax, reason: None)
+        inputs = ctx.probe_inputs(graph)
+        moved = relative_error(*(probe_output(g, inputs) for g in (fused, graph))) if count else 0.0
+        if moved > TOLERANCE[dtype] / 2:
+            ctx.diagnostics.warning(
+                "",
+                "attention-written-out",
+                f"{count} attentions stay written out, so they are no sites: the model rounds "
+                f"scores to {graph.origin.dtype}, and not to do so moves its output by {moved:.1e}",
+                "compute the scores in float32, or call scaled_dot_product_attention",
+            )
+            return 0
+    return fuse_attentions(graph, tell)
 
 
 # rewrite: equal nodes ---------------------------------------------------------------------------

@@ -62,6 +62,8 @@ aten = torch.ops.aten
 #: Levels of a calibrated budget, as multiples of the density.
 LEVELS = (0.5, 1.0, 2.0, 4.0)
 _SCORES = "int8/token/dynamic"
+#: What to do where shapes do not tell frames.
+_VARY = "only an axis whose size varies is known for frames: let two samples differ in theirs"
 
 
 class Heads(enum.StrEnum):
@@ -188,8 +190,11 @@ class Sparsify(Pass):
         if not reason:
             return True
         code, message = reason
-        known = ctx.diagnostics.warning if code == "no-frames" else ctx.diagnostics.remark
-        known(site.name, code, f"stays dense: {message}")
+        message = f"stays dense: {message}"
+        if code == "no-frames":
+            ctx.diagnostics.warning(site.name, code, message, _VARY)
+        else:
+            ctx.diagnostics.remark(site.name, code, message)
         return False
 
     def _check(

@@ -50,6 +50,8 @@ POLICIES = st.sampled_from(
 class Block(nn.Module):
     """Self-attention over a video's tokens, then attention to text."""
 
+    attend = staticmethod(nn.functional.scaled_dot_product_attention)
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -60,11 +62,10 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        attend = nn.functional.scaled_dot_product_attention
         q, k, v = (self.split(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
-        x = x + self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.to_out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         k, v = (self.split(part) for part in self.to_kv(text).chunk(2, -1))
-        return x + attend(self.split(x), k, v).transpose(1, 2).flatten(2)
+        return x + self.attend(self.split(x), k, v).transpose(1, 2).flatten(2)
 
 
 class Video(nn.Module):
@@ -128,6 +129,23 @@ def test_rewrites_self_attention_alone() -> None:
     assert names == [f"blocks.{i}:attention{n}" for i in range(2) for n in ("", "#2")]
 
 
+def test_attention_that_is_written_out_gets_sparse_too() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+        return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
+
+    torch.manual_seed(0)
+    model = Video()
+    for block in model.blocks:
+        block.attend = attend
+    graph, ctx = capture(model.eval(), SAMPLES), Context(SAMPLES)
+    PassManager([Canonicalize(), Annotate()], probe=False).run(graph, ctx)
+    (record,) = run(graph, Sparsify(density=1.0, block=16), ctx=ctx)
+    assert record.rewrites == 2
+    expected = model(**SAMPLES[1].inputs)
+    assert_close(graph.run(**SAMPLES[1].inputs)[0], expected)
+
+
 def test_leaves_alone_what_has_no_frames() -> None:
     class Plain(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -141,6 +159,8 @@ def test_leaves_alone_what_has_no_frames() -> None:
     run(graph, Sparsify(), ctx=ctx)
     assert str(graph) == before
     assert [code for _, code in remarks(ctx)] == ["no-frames", "nothing-sparse"]
+    (warning,) = (d for d in ctx.diagnostics if d.code == "no-frames")
+    assert "let two samples differ" in warning.notes[0]
 
 
 def test_density_one_changes_nothing() -> None:

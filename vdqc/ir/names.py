@@ -6,11 +6,12 @@ A site is named after the module whose weight it reads, or that calls the attent
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 
 from torch import fx
 
-from vdqc.ir.site import SITE_KINDS, SiteKind, set_note
+from vdqc.ir.site import SITE_KINDS, SiteKind, note, set_note
 
 
 def module_path(node: fx.Node) -> str:
@@ -69,7 +70,7 @@ def name_sites(graph: fx.Graph) -> None:
         if kind is None:
             continue
         if kind is SiteKind.ATTENTION:
-            name = f"{module_path(node) or node.name}:attention"
+            name = _attention_name(node)
         else:
             weight = weight_source(node.args[1])
             if weight is None:
@@ -78,3 +79,16 @@ def name_sites(graph: fx.Graph) -> None:
         counts[name] = counts.get(name, 0) + 1
         suffix = f"#{counts[name]}" if counts[name] > 1 else ""
         set_note(node, site=name + suffix, kind=str(kind))
+
+
+def name_attention(node: fx.Node) -> None:
+    """Name one attention that was found after the others got their names."""
+    name = _attention_name(node)
+    taken = {note(other).get("site") for other in node.graph.nodes}
+    repeats = (f"{name}#{count}" for count in itertools.count(2))
+    free = name if name not in taken else next(text for text in repeats if text not in taken)
+    set_note(node, site=free, kind=str(SiteKind.ATTENTION))
+
+
+def _attention_name(node: fx.Node) -> str:
+    return f"{module_path(node) or node.name}:attention"
