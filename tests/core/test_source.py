@@ -53,6 +53,17 @@ def _forget_helper():
     sys.modules.pop("helper", None)
 
 
+def test_a_class_of_the_file_has_the_files_name_wherever_it_lies(tmp_path: Path) -> None:
+    text = MODEL.replace("def model():", "class Net(nn.Linear): pass\n\ndef model():")
+    text = text.replace("nn.Linear(helper", "Net(helper")
+    names = set()
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        source = load_source(write(tmp_path / place, text))
+        names.add(capture(source.model, source.samples).origin.model_class)
+    assert names == {"model.Net"}
+
+
 def test_model_file_with_a_module_beside_it(tmp_path: Path) -> None:
     before = list(sys.path)
     source = load_source(write(tmp_path, MODEL))

@@ -31,7 +31,7 @@ from vdqc.ir.dynamic import Plan, coincidences, plans
 from vdqc.ir.functionalize import plain_module
 from vdqc.ir.graph import Graph
 from vdqc.ir.meta import retarget, tensors_on_meta, to_meta
-from vdqc.ir.origin import Origin
+from vdqc.ir.origin import Origin, class_path
 from vdqc.ir.relations import Symbols, check_example
 from vdqc.ir.repairs import PlainRepeats, repaired
 from vdqc.ir.sample import Sample
@@ -185,7 +185,7 @@ def origin_of(model: nn.Module, repairs: tuple[str, ...] = ()) -> Origin:
     # the commonest: a model keeps a few modules in float32
     dtype = max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
     return Origin(
-        model_class=f"{type(model).__module__}.{type(model).__qualname__}",
+        model_class=class_path(type(model)),
         config=config_of(model),
         dtype=str(dtype).removeprefix("torch."),
         keep=tuple(dict.fromkeys([*kept, *skipped])),

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from vdqc.base.diagnostics import ConfigError, InputError, VdqcError
 from vdqc.ir.folder import load_folder
 from vdqc.ir.frontend import check_sample, forward_parameters
+from vdqc.ir.origin import source_module
 from vdqc.ir.sample import Sample
 from vdqc.ir.weights import StoredTensor
 
@@ -108,8 +108,7 @@ def _load_file(path: Path) -> Source:
 
 def _imported(path: Path) -> ModuleType:
     """The file as a module of its own name, registered so that its dataclasses work."""
-    digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]
-    name = f"_vdqc_source_{path.stem}_{digest}"
+    name = source_module(path)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
