@@ -17,6 +17,8 @@ from vdqc.ir.contraction import Product, product
 from vdqc.ir.pattern import Mismatch
 
 A = torch.ops.aten
+#: How many steps scores may be from their product: a sum has two sources to look behind.
+STEPS = 8
 
 
 @final
@@ -41,16 +43,16 @@ class Scores:
     nodes: tuple[fx.Node, ...]
 
 
-def scores_of(node: Any) -> Scores | Mismatch | None:
-    """The scores that ``node`` is; None if it is no product of two values."""
-    if not isinstance(node, fx.Node):
+def scores_of(node: Any, steps: int = STEPS) -> Scores | Mismatch | None:
+    """The scores that ``node`` is, ``steps`` behind a product at most; None if it is none."""
+    if not isinstance(node, fx.Node) or steps < 0:
         return None
     made = product(node)
     if made is not None:
         mask = None if made.added is None else ScoreMask(made.added)
         return Scores(made, made.factor, mask, (node,))
     for step in _steps(node):
-        inner = scores_of(step.source)
+        inner = scores_of(step.source, steps - 1)
         if isinstance(inner, Mismatch):
             return inner
         if inner is None:
