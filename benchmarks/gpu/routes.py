@@ -35,9 +35,9 @@ def plain(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _install() -> None:
-    from vdqc.kernels.gpu import runtime
+    from vdqc.kernels.gpu import launch_config
 
-    known: Any = runtime._rows
+    known: Any = launch_config._rows
     if getattr(known, "forcible", False):
         return
 
@@ -46,7 +46,7 @@ def _install() -> None:
         return [_plain_row(row) for row in found] if _forced == "plain" else found
 
     rows.forcible = True  # type: ignore[attr-defined]
-    runtime._rows = rows  # type: ignore[assignment]
+    launch_config._rows = rows  # type: ignore[assignment]
 
 
 def _plain_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -74,10 +74,10 @@ class Watch:
 @contextmanager
 def watched() -> Iterator[Watch]:
     """Watch which configurations are chosen and which kernels give way."""
-    from vdqc.kernels.gpu import runtime
+    from vdqc.kernels.gpu import guard, launch_config
 
     watch = Watch()
-    choose, guard = runtime.best_config, runtime.guarded
+    choose, run_guarded = launch_config.best_config, guard.guarded
 
     def chosen(*args: Any, **named: Any) -> Any:
         config = choose(*args, **named)
@@ -85,21 +85,18 @@ def watched() -> Iterator[Watch]:
         return config
 
     def guarded(key: str, *args: Any, **named: Any) -> Any:
-        result = guard(key, *args, **named)
-        if not runtime._VERDICTS.get(key):  # said once by a warning, true from then on
+        result = run_guarded(key, *args, **named)
+        if not guard._VERDICTS.get(key):  # said once by a warning, true from then on
             watch.fallbacks.append(f"{key}: the plain variant serves")
         return result
 
-    with _replaced("best_config", chosen), _replaced("guarded", guarded):
+    with _replaced("best_config", choose, chosen), _replaced("guarded", run_guarded, guarded):
         yield watch
 
 
 @contextmanager
-def _replaced(name: str, value: Any) -> Iterator[None]:
-    """``runtime.<name>`` in every module that has it by name."""
-    from vdqc.kernels.gpu import runtime
-
-    original = getattr(runtime, name)
+def _replaced(name: str, original: Any, value: Any) -> Iterator[None]:
+    """``original``, in every module of kernels that has it by ``name``."""
     holders = [
         module
         for path, module in list(sys.modules.items())

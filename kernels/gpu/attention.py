@@ -18,17 +18,9 @@ from torch import Tensor
 
 from vdqc.base.diagnostics import InputError
 from vdqc.kernels.gpu.attention_tiles import plain, specialised
-from vdqc.kernels.gpu.runtime import (
-    ARCHS,
-    Config,
-    agrees,
-    arch_of,
-    best_config,
-    guarded,
-    on_device,
-    operand,
-    triton_version,
-)
+from vdqc.kernels.gpu.guard import agrees, guarded
+from vdqc.kernels.gpu.launch_config import Config, best_config
+from vdqc.kernels.gpu.runtime import ARCHS, arch_of, on_device, operand, triton_version
 from vdqc.kernels.gpu.variants import BF16_MMA, INT8_MMA, Variant
 
 _LOG2_E = 1.4426950408889634

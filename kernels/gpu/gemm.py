@@ -20,7 +20,8 @@ from torch import Tensor
 
 from vdqc.kernels.gpu import tma_gemm
 from vdqc.kernels.gpu.epilogue import ENDS, NO_END, Epilogue, epilogue, tile_of, write_tile
-from vdqc.kernels.gpu.runtime import Config, configuration, on_device, operand
+from vdqc.kernels.gpu.launch_config import Config, configuration
+from vdqc.kernels.gpu.runtime import on_device, operand
 from vdqc.kernels.gpu.variants import FP8_MMA, INT8_MMA, Variant, configurations
 
 

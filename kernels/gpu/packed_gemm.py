@@ -38,8 +38,9 @@ from vdqc.kernels.gpu.epilogue import (
     types,
     write_tile,
 )
+from vdqc.kernels.gpu.launch_config import Config, configuration
 from vdqc.kernels.gpu.planes import decode, lanes, load_bytes
-from vdqc.kernels.gpu.runtime import Config, arch_of, configuration, on_device, operand
+from vdqc.kernels.gpu.runtime import arch_of, on_device, operand
 from vdqc.kernels.gpu.variants import INT8_MMA, Variant, configurations
 
 

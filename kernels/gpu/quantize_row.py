@@ -27,8 +27,9 @@ from vdqc.kernels.gpu.device import (
     symmetric_codes,
     symmetric_scale,
 )
+from vdqc.kernels.gpu.memory import shared_memory
 from vdqc.kernels.gpu.operands import Form, Quantised, allocate, arguments, hadamard_matrix
-from vdqc.kernels.gpu.runtime import on_device, shared_memory
+from vdqc.kernels.gpu.runtime import on_device
 from vdqc.kernels.gpu.steps import activate, affine, deviation, nibbles, residual
 from vdqc.kernels.prologue import Prologue
 

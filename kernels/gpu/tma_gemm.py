@@ -12,7 +12,7 @@ newer versions only compile those made in the kernel. TMA itself needs rows of a
 bytes.
 
 Compiled, never run here: ``run`` compares the first result of each specialisation with the plain
-kernel's (``runtime.guarded``).
+kernel's (``guard.guarded``).
 
 Error: as ``gemm``.
 Source: warp roles: Shah et al., FlashAttention-3, arXiv 2407.08608, section 3.1; ours otherwise.
@@ -28,7 +28,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vdqc.kernels.gpu.epilogue import ENDS, Epilogue, tile_of, write_tile
-from vdqc.kernels.gpu.runtime import Config, agrees, guarded, on_device, triton_version
+from vdqc.kernels.gpu.guard import agrees, guarded
+from vdqc.kernels.gpu.launch_config import Config
+from vdqc.kernels.gpu.runtime import on_device, triton_version
 from vdqc.kernels.gpu.variants import FP8_MMA, INT8_MMA, Variant, configurations
 
 #: Triton compiles warp specialisation only with descriptors made in the kernel, from 3.7 on.

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from vdqc.kernels.gpu.runtime import ARCHS, Config, best_config
+from vdqc.kernels.gpu.launch_config import Config, best_config
+from vdqc.kernels.gpu.runtime import ARCHS
 
 #: Modules of this package with a list ``VARIANTS``.
 MODULES = (

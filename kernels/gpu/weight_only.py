@@ -24,8 +24,9 @@ from torch import Tensor
 from vdqc.base.packing import packed_bytes
 from vdqc.kernels.gpu import assembly
 from vdqc.kernels.gpu.epilogue import FLOATS
+from vdqc.kernels.gpu.launch_config import Config, configuration
 from vdqc.kernels.gpu.planes import lanes, load_bytes
-from vdqc.kernels.gpu.runtime import Config, configuration, on_device, operand
+from vdqc.kernels.gpu.runtime import on_device, operand
 from vdqc.kernels.gpu.variants import BF16_MMA, Variant, configurations
 
 #: Above this the integer or float GEMM of a dequantised weight is faster.

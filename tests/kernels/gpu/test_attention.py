@@ -11,7 +11,7 @@ from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.kernels.attention import ATTENTION
 from vdqc.kernels.gpu import attention
 from vdqc.kernels.gpu.attention import sparse_attention
-from vdqc.kernels.gpu.runtime import Config
+from vdqc.kernels.gpu.launch_config import Config
 from vdqc.kernels.sparse_attention import sparse_attention as truth
 from vdqc.kernels.sparse_attention import sparse_attention_int8 as truth_int8
 

@@ -8,9 +8,9 @@ import torch
 from vdqc.base.diagnostics import InputError
 from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.kernels.fp8_linear import fp8_linear
-from vdqc.kernels.gpu import gemm, runtime, tma_gemm
+from vdqc.kernels.gpu import gemm, guard, tma_gemm
 from vdqc.kernels.gpu.epilogue import epilogue
-from vdqc.kernels.gpu.runtime import Config
+from vdqc.kernels.gpu.launch_config import Config
 from vdqc.kernels.int8_linear import int8_linear
 from vdqc.kernels.integer import int8_matmul
 
@@ -182,7 +182,7 @@ def test_operands_by_descriptor(absent: str, shape: tuple[int, int, int], device
 def test_the_first_result_by_descriptor_is_checked(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "_VERDICTS", {})
+    monkeypatch.setattr(guard, "_VERDICTS", {})
     ws = Config(64, 32, 64, variant="ws")
     monkeypatch.setattr(
         gemm, "configuration", lambda op, *sizes: ws if "tma" in op else Config(32, 32, 32)
@@ -191,8 +191,8 @@ def test_the_first_result_by_descriptor_is_checked(
     expected = int8_linear(**case)
     for _ in range(2):
         assert relative_error(gemm.int8_linear(**case), expected) < TOLERANCE[torch.float32]
-    assert list(runtime._VERDICTS.values()) == [True]
-    monkeypatch.setattr(runtime, "_VERDICTS", {})
+    assert list(guard._VERDICTS.values()) == [True]
+    monkeypatch.setattr(guard, "_VERDICTS", {})
     monkeypatch.setattr(tma_gemm, "launch", lambda *args: args[2].zero_())
     with pytest.warns(UserWarning, match="differs from the plain variant"):
         assert relative_error(gemm.int8_linear(**case), expected) < TOLERANCE[torch.float32]

@@ -7,7 +7,7 @@ from vdqc.base.diagnostics import InputError
 from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.base.packing import pack
 from vdqc.kernels.gpu import packed_gemm
-from vdqc.kernels.gpu.runtime import Config
+from vdqc.kernels.gpu.launch_config import Config
 from vdqc.kernels.integer import int8_matmul, packed_matmul
 from vdqc.kernels.packed_linear import packed_linear
 

@@ -6,7 +6,7 @@ import torch
 from vdqc.base.diagnostics import InputError
 from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.base.packing import pack
-from vdqc.kernels.gpu.runtime import Config
+from vdqc.kernels.gpu.launch_config import Config
 from vdqc.kernels.gpu.weight_only import serves, weight_only_linear
 from vdqc.kernels.weight_only_linear import weight_only_linear as reference
 
