@@ -41,10 +41,10 @@ from torch import Tensor, nn
 
 from vdqc.base.diagnostics import VdqcError
 from vdqc.check import check
-from vdqc.compiled import load
 from vdqc.compiler import compile as compile_model
 from vdqc.engine.named import named
 from vdqc.ir.source import Source
+from vdqc.loading import load
 from vdqc.report.data import report_data
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quality.json"

@@ -8,17 +8,17 @@ from vdqc.hub.register import register_diffusers, watch
 from vdqc.version import __version__
 
 if TYPE_CHECKING:
-    from vdqc.compiled import load
     from vdqc.compiler import compile
     from vdqc.hub.pipeline import load_pipeline
     from vdqc.ir.sample import Sample
+    from vdqc.loading import load
 
 __all__ = ["Sample", "__version__", "compile", "load", "load_pipeline", "register_diffusers"]
 
 _HOMES = {
     "Sample": "vdqc.ir.sample",
     "compile": "vdqc.compiler",
-    "load": "vdqc.compiled",
+    "load": "vdqc.loading",
     "load_pipeline": "vdqc.hub.pipeline",
 }
 

@@ -2,7 +2,7 @@
 
 ``torch._inductor.aoti_load_package(folder / PACKAGE)`` gives a callable that takes the signature's
 inputs in order. Kernels that stay opaque to the compiler are called through the dispatcher, so the
-process that loads the package imports vdqc first (``vdqc.compiled.register_kernels``).
+process that loads the package imports vdqc first (``vdqc.loading.register_kernels``).
 
 A package is for the device that it was compiled on: one for a GPU target takes such a GPU.
 """

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vdqc.base.diagnostics import InputError
 from vdqc.check import counted_calls
-from vdqc.compiled import load
 from vdqc.compiler import PROBE
 from vdqc.ir.signature import IntInput, Signature
 from vdqc.ir.source import load_source
+from vdqc.loading import load
 from vdqc.report import png
 
 

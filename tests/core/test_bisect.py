@@ -16,11 +16,11 @@ from vdqc.bisect.checks import CommandCheck, ScoreCheck
 from vdqc.bisect.mix import END, Mixer
 from vdqc.bisect.search import Outcome, Trial, Trials, first_failure, most_runs
 from vdqc.bisect.switch import cuts, switched
-from vdqc.compiled import load
 from vdqc.engine.recipe import Recipe
 from vdqc.ir.frontend import capture
 from vdqc.ir.sample import Sample
 from vdqc.ir.source import Source
+from vdqc.loading import load
 from vdqc.passes.fold import Fold
 from vdqc.passes.quant import Quant
 from vdqc.passes.smooth import Smooth

@@ -6,11 +6,11 @@ from vdqc import report, summary
 from vdqc.base.diagnostics import Diagnostics
 from vdqc.base.target import TARGETS
 from vdqc.check import check
-from vdqc.compiled import load
 from vdqc.compiler import compile, parse_recipe
 from vdqc.explain import explain
 from vdqc.ir import artifact
 from vdqc.ir.source import Source
+from vdqc.loading import load
 from vdqc.report.data import report_data
 from vdqc.testing.architectures import ARCHITECTURES
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from vdqc.check import check
-from vdqc.compiled import load
 from vdqc.ir.site import set_note
 from vdqc.ir.source import load_source
+from vdqc.loading import load
 from vdqc.lowering.fuse import half_split
 from vdqc.observe import is_observable, observed, produced_sites, site_times
 from vdqc.site_errors import LIMIT, in_halves, sampled, worst_sites

@@ -17,10 +17,11 @@ from vdqc.base.diagnostics import ArtifactError, Diagnostics, InputError, Severi
 from vdqc.base.numerics import TOLERANCE, relative_error
 from vdqc.base.target import TARGETS
 from vdqc.bypassed import bypassed_hooks, refuse_bypassed_hooks
-from vdqc.compiled import CompiledModel, load
+from vdqc.compiled import CompiledModel
 from vdqc.ir import artifact
 from vdqc.ir.frontend import capture
 from vdqc.ir.sample import Sample
+from vdqc.loading import load
 from vdqc.packaged import PackagedProgram
 from vdqc.stand_in import Leaf
 from vdqc.testing.architectures import ARCHITECTURES

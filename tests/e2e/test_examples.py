@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from vdqc.compiled import CompiledModel, load
+from vdqc.compiled import CompiledModel
 from vdqc.compiler import compile
 from vdqc.ir.source import Source, load_source
+from vdqc.loading import load
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -14,7 +14,7 @@ from vdqc import compiler
 from vdqc.base.diagnostics import ArtifactError, ConfigError, Diagnostics, InputError
 from vdqc.base.numerics import REDRAWN_DISTANCE, REDRAWN_NOISE, TOLERANCE, relative_error
 from vdqc.base.target import Target
-from vdqc.compiled import CompiledModel, load
+from vdqc.compiled import CompiledModel
 from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.ir import artifact, transforms
 from vdqc.ir.frontend import capture
@@ -22,6 +22,7 @@ from vdqc.ir.graph import Graph
 from vdqc.ir.sample import Sample
 from vdqc.ir.site import note
 from vdqc.ir.source import load_source
+from vdqc.loading import load
 from vdqc.lowering.lower import lower
 from vdqc.testing.architectures import ARCHITECTURES
 

@@ -11,7 +11,7 @@ from vdqc import Sample, compiler
 from vdqc.base.diagnostics import CaptureError, Diagnostics, InputError, VdqcError
 from vdqc.base.numerics import relative_error
 from vdqc.cli import main
-from vdqc.compiled import load
+from vdqc.loading import load
 from vdqc.runner import run, write_frames, write_tensors
 
 

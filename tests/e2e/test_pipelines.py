@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from vdqc import compiler
 from vdqc.base.numerics import TOLERANCE, relative_error, sqnr_db
 from vdqc.base.target import TARGETS
-from vdqc.compiled import CompiledModel, load
+from vdqc.compiled import CompiledModel
 from vdqc.ir import artifact
 from vdqc.ir.frontend import capture
 from vdqc.ir.sample import Sample
+from vdqc.loading import load
 from vdqc.testing.architectures import ARCHITECTURES
 
 WAN, LTX = ARCHITECTURES["wan-t2v"], ARCHITECTURES["ltx"]

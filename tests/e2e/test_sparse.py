@@ -13,11 +13,12 @@ from vdqc.base.diagnostics import Diagnostics
 from vdqc.base.metrics import psnr_db
 from vdqc.base.numerics import sqnr_db
 from vdqc.base.target import TARGETS
-from vdqc.compiled import CompiledModel, load
+from vdqc.compiled import CompiledModel
 from vdqc.compiler import compile, parse_recipe
 from vdqc.explain import explain
 from vdqc.ir.source import Source
 from vdqc.kernels.sparse_attention import SPARSE_ATTENTION
+from vdqc.loading import load
 from vdqc.testing.architectures import ARCHITECTURES, Architecture
 
 WAN, HUNYUAN, LTX = (ARCHITECTURES[name] for name in ("wan-t2v", "hunyuan-video", "ltx"))

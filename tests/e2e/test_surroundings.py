@@ -13,7 +13,8 @@ from torch import nn
 from vdqc import Sample, compiler
 from vdqc.base.diagnostics import ConfigError, InputError
 from vdqc.cli.common import require_places, write_whole
-from vdqc.compiled import CompiledModel, load
+from vdqc.compiled import CompiledModel
+from vdqc.loading import load
 
 
 def model() -> nn.Module:

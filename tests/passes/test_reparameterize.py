@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vdqc.base.diagnostics import ConfigError, InputError, LoweringError
 from vdqc.base.residual import CachePolicy, Extrapolation, Reference, Store
 from vdqc.base.target import TARGETS
-from vdqc.compiled import CompiledModel, load, stand_in
+from vdqc.compiled import CompiledModel, stand_in
 from vdqc.engine.pass_manager import Context, PassManager
 from vdqc.engine.recipe import parse_rule
 from vdqc.ir import artifact
@@ -22,6 +22,7 @@ from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph
 from vdqc.ir.sample import Sample
 from vdqc.ir.sparse_ops import REPARAMETERIZED_ATTENTION
+from vdqc.loading import load
 from vdqc.lowering.lower import lower
 from vdqc.lowering.residual import split
 from vdqc.passes.annotate import Annotate

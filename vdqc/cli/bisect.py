@@ -53,10 +53,10 @@ def run(options: argparse.Namespace) -> int:
     from vdqc.bisect import bisect, words
     from vdqc.bisect.checks import CommandCheck, ScoreCheck
     from vdqc.bisect.search import Check
-    from vdqc.compiled import register_kernels
     from vdqc.engine.pool import open_pool
     from vdqc.engine.recipe import Recipe
     from vdqc.ir import artifact
+    from vdqc.loading import register_kernels
     from vdqc.passes.table import PASSES
 
     diagnostics, progress = diagnostics_of(options), progress_of(options)

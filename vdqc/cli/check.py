@@ -47,10 +47,10 @@ def run(options: argparse.Namespace) -> int:
     """Carry it out; 1 if a threshold is missed."""
     from vdqc import check, report, summary
     from vdqc.check_result import Thresholds
-    from vdqc.compiled import load
     from vdqc.forecast import predicted_seconds
     from vdqc.ir import artifact
     from vdqc.ir.source import load_source
+    from vdqc.loading import load
     from vdqc.report.data import report_data
 
     require_places(options.out, options.report)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from vdqc.base.diagnostics import ArtifactError, ConfigError, nearest
-from vdqc.compiled import CompiledModel, load
+from vdqc.compiled import CompiledModel
 from vdqc.ir import artifact
 from vdqc.ir.folder import components_of, denoisers_of, pipeline_class, saved_without
+from vdqc.loading import load
 
 
 def load_pipeline(

@@ -122,7 +122,7 @@ class VdqcQuantizer(DiffusersQuantizer):
             table.clear()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from vdqc.compiled import load
+        from vdqc.loading import load
 
         assert self._folder is not None
         compiled = load(self._folder)

@@ -18,8 +18,8 @@ from vdqc.base.diagnostics import VdqcError
 from vdqc.base.mask_policies import POLICIES, inverse
 from vdqc.base.sparsity import MaskPolicy
 from vdqc.base.video_mask import as_layout
-from vdqc.compiled import register_kernels
 from vdqc.ir.artifact import Artifact
+from vdqc.loading import register_kernels
 from vdqc.lowering.sparse import layout_hint
 from vdqc.site_errors import SeenMask, sparse_masks
 
