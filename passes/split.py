@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import enum
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -43,13 +42,13 @@ from vdqc.base.rounding import output_error
 from vdqc.engine.frame_gains import observed_gains
 from vdqc.engine.moments import input_moments
 from vdqc.engine.pass_manager import Context, Pass, PassResult
-from vdqc.ir import transforms
+from vdqc.ir.branch import attach, branch, inside
 from vdqc.ir.frame_gain import linear_frames, size_builder, times_gain
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.learned import cast, parameter_dtype
 from vdqc.ir.ops import FAKE_QUANTIZE
 from vdqc.ir.peers import param_name, quantised_groups, unquantised
-from vdqc.ir.site import Site, note, set_note
+from vdqc.ir.site import Site, note
 
 aten = torch.ops.aten
 
@@ -341,6 +340,13 @@ def matches(site: Site, mark: str, ctx: Context) -> bool:
     return True
 
 
+def weights(graph: Graph, site: Site) -> tuple[Tensor, Tensor]:
+    """The weight of ``site`` in front of its quantiser and behind it."""
+    if site.weight.target is not FAKE_QUANTIZE:
+        raise OrderError(f"{site.name}: expected a quantised weight", "put split behind quant")
+    return graph.evaluate(unquantised(site.weight)), graph.evaluate(site.weight)
+
+
 # math -------------------------------------------------------------------------------------------
 
 
@@ -369,54 +375,3 @@ def size_facts(up: Tensor, down: Tensor) -> dict[str, Any]:
     """Rank and bytes of two factors."""
     stored = up.numel() * up.itemsize + down.numel() * down.itemsize
     return {"rank": up.shape[1], "bytes": stored}
-
-
-# rewrite ----------------------------------------------------------------------------------------
-
-
-def weights(graph: Graph, site: Site) -> tuple[Tensor, Tensor]:
-    """The weight of ``site`` in front of its quantiser and behind it."""
-    if site.weight.target is not FAKE_QUANTIZE:
-        raise OrderError(f"{site.name}: expected a quantised weight", "put split behind quant")
-    return graph.evaluate(unquantised(site.weight)), graph.evaluate(site.weight)
-
-
-def branch(
-    graph: Graph,
-    site: Site,
-    value: fx.Node,
-    up: fx.Node,
-    down: fx.Node,
-    gain: Callable[[fx.Node], fx.Node] = lambda narrow: narrow,
-) -> fx.Node:
-    """The nodes of a branch that reads ``value``, in front of ``site``."""
-    narrow = gain(graph.call(aten.linear.default, value, down, before=site.node))
-    return graph.call(aten.linear.default, narrow, up, before=site.node)
-
-
-def attach(graph: Graph, site: Site, value: fx.Node) -> None:
-    """Give the readers of ``site`` its sum with ``value``."""
-    total = graph.call_after(aten.add.Tensor, site.node, value, after=site.node)
-    graph.replace(site.node, total)
-    if not note(site.node).get("rows"):  # those of a part are put together elsewhere
-        set_note(total, whole=site.name)
-    set_note(site.node, partial=True, branch=True)
-
-
-def inside(graph: Graph, site: Site, quantised: Tensor, factors: tuple[fx.Node, fx.Node]) -> None:
-    """Q(w) -> Q(Q(w) + up·down), on the scales of Q(w)."""
-    quantiser, before = site.weight, site.node
-    name = param_name(site, "weight_base")
-    transforms.bound(graph, name, quantiser.all_input_nodes[0])
-    base = graph.set_param(name, quantised.detach())
-    product = graph.call(aten.matmul.default, *factors, before=before)
-    product = cast(graph, product, quantised.dtype, before)
-    total = graph.call(aten.add.Tensor, base, product, before=before)
-    scales = []
-    for node, leaf in zip(quantiser.args[1:3], ("base_scale", "base_zero_point"), strict=True):
-        if isinstance(node, fx.Node) and (node.op != "get_attr" or node.target in graph.free):
-            node = graph.set_param(param_name(site, leaf), graph.evaluate(node).detach())
-        scales.append(node)
-    wrapped = graph.call(FAKE_QUANTIZE, total, *scales, quantiser.args[3], before=before)
-    graph.set_operand(site.node, 1, wrapped)
-    set_note(site.node, inside=True)
