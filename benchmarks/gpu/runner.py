@@ -10,14 +10,9 @@ process never imports torch: it holds no memory of the GPU.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import queue
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +22,7 @@ from typing import Any, final
 from benchmarks.gpu import results
 from benchmarks.gpu.names import EVERY
 from benchmarks.gpu.results import OpResults
-from benchmarks.gpu.worker import MARK
+from benchmarks.gpu.worker_process import LostError, Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds kept back for writing results.
@@ -36,76 +31,6 @@ RESERVE = 8.0
 HELLO, CEILINGS, LEAST = 120.0, 90.0, 12.0
 #: Times that a case is tried again.
 RETRIES = 2
-
-
-class LostError(Exception):
-    """The worker crashed, or exceeded its limit (``hung``)."""
-
-    def __init__(self, text: str, hung: bool, step: str = "") -> None:
-        super().__init__(text)
-        self.hung, self.step = hung, step
-
-
-class Worker:
-    """A child process spoken to by lines of JSON."""
-
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._process = subprocess.Popen(
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=dict(environment),
-            start_new_session=True,  # compilers of its own go with it
-        )
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        self._step = "start"
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def ask(self, request: Mapping[str, Any], limit: float) -> dict[str, Any]:
-        """The answer within ``limit`` seconds; LostError if there is none."""
-        assert self._process.stdin is not None
-        self._step = "start"  # not the last of the request before
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except OSError as error:
-            raise self._lost() from error
-        return self._answer(time.monotonic() + limit, limit)
-
-    def stop(self) -> None:
-        """End it and what it started."""
-        with contextlib.suppress(OSError):
-            os.killpg(self._process.pid, 9)
-        self._process.wait()
-
-    def _answer(self, deadline: float, limit: float) -> dict[str, Any]:
-        while True:
-            try:
-                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                text = f"no answer within {limit:.0f} s, at step '{self._step}'"
-                raise LostError(text, hung=True, step=self._step) from None
-            if line is None:
-                raise self._lost()
-            message: dict[str, Any] = json.loads(line)
-            if "step" not in message:
-                return message
-            self._step = message["step"]
-
-    def _lost(self) -> LostError:
-        code = self._process.wait()
-        text = f"the process ended with code {code}, at step '{self._step}'"
-        return LostError(text, hung=False, step=self._step)
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                self._lines.put(line[len(MARK) :])
-            elif line.strip():
-                print(line.rstrip(), file=sys.stderr, flush=True)
-        self._lines.put(None)
 
 
 @final

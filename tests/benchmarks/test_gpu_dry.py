@@ -14,8 +14,9 @@ import torch
 from benchmarks.gpu import blocks, cases, measure, peers, results, runner, targets, timing, worker
 from benchmarks.gpu.env import Env
 from benchmarks.gpu.peers import Peer
-from benchmarks.gpu.runner import Job, LostError, Plan, Worker, schedule
+from benchmarks.gpu.runner import Job, Plan, schedule
 from benchmarks.gpu.trial import Case, Trial, Work
+from benchmarks.gpu.worker_process import LostError, Worker
 from benchmarks.run import passes
 from vdqc.base.numerics import relative_error
 from vdqc.base.target import TARGETS
