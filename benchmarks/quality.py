@@ -13,7 +13,8 @@ step-locked SQNR along the float trajectory, PSNR and SSIM of whole videos from 
 model's own accuracy. ``relation`` is the temporal relation distance of the generated frames.
 
 All recipes learn from the same candidates: calls along the float model's trajectories of seeds that
-are not measured; one that does not select its own gets as many as those that do, evenly drawn.
+are not measured; one that does not select its own gets as many as those that do, evenly drawn. A
+row's seed is that of its recipe's draws and of its candidates: what is measured is always the same.
 ``planted`` is the same function with outlier channels planted by exact scaling: small trained
 models have none, large ones do. It is an extra column, and labelled.
 """
@@ -62,12 +63,14 @@ def main() -> int:
     if not options.table:
         for model in options.models.split(","):
             with tempfile.TemporaryDirectory() as folder:
-                source, pool = SOURCES[model](), Path(folder) / "pool"
-                record_calls(source, pool)
+                source = SOURCES[model]()
                 with once_captured() as spared, once_run(source.model):
                     for job in jobs(options, model, rows):
                         print(" ".join(str(job[key]) for key in KEY), end=" ", flush=True)
                         spared.clear()
+                        pool = Path(folder) / f"pool-{job['seed']}"
+                        if not pool.exists():
+                            record_calls(source, pool, job["seed"])
                         row = measure(source, job, pool, options)
                         row["seconds"] = round(row["seconds"] + sum(spared), 1)
                         rows = [old for old in rows if key_of(old) != key_of(row)] + [row]

@@ -31,9 +31,10 @@ GENERATIONS = {"digits": 1, "planted": 1, "unet": 1, "views": 8, "large": 1}
 MOVING = ("digits", "digits_large")
 
 
-def record_calls(source: Source, folder: Path) -> None:
+def record_calls(source: Source, folder: Path, seed: int = 0) -> None:
     """Keep calls along the model's own trajectories, on a part of a generation each.
 
+    Every ``seed`` has trajectories of its own; none is of a generation that rows are measured on.
     A sampler's calls hold its unconditional half, too. The views model has no sampler: its calls
     look at scenes, two at a time.
     """
@@ -46,7 +47,8 @@ def record_calls(source: Source, folder: Path) -> None:
         video: Tensor = sample(model, labels(seed)[:count], seed)
         return video
 
-    record(source.model, generate, range(100, 100 + TRAJECTORIES[source.name]), folder)
+    first = 100 * (1 + seed)
+    record(source.model, generate, range(first, first + TRAJECTORIES[source.name]), folder)
 
 
 def digits() -> Source:
