@@ -12,7 +12,7 @@ from vdqc.compiled import CompiledModel, stand_in
 from vdqc.ir import artifact, ops  # noqa: F401 (registers the vdqc:: ops)
 from vdqc.kernels.table import KERNELS
 from vdqc.lowering.precompile import offer_precompiled
-from vdqc.packaged import PackagedProgram
+from vdqc.packaged import open_package
 from vdqc.placement import check_machine
 
 
@@ -30,7 +30,8 @@ def load(
     Weights are mapped from their files, so that they are read when first used. ``dtype`` only
     asserts: a program computes in the dtype that it was captured in. ``verify=False`` skips the
     hashes of the files. ``aot`` runs the AOTInductor package of the folder: that is native code,
-    so ask for it only if you trust where the folder came from. With ``reference`` a program for a
+    so ask for it only if you trust where the folder came from. On a GPU of another capability than
+    the package's the program runs without it, with a warning. With ``reference`` a program for a
     GPU also runs on a machine without one, slowly: its kernels' references are the same function.
     Precompiled kernels of the folder serve this process where GPU and Triton are those that they
     were made for. Raises ArtifactError for a folder that is damaged, foreign, newer, or for another
@@ -50,7 +51,7 @@ def load(
     model = model.to(device)
     offer_precompiled(found.path, torch.device(device))
     if aot:
-        model.__dict__["_package"] = PackagedProgram(found.path, model.device)
+        model.__dict__["_package"] = open_package(found.path, model.device)
     return model
 
 

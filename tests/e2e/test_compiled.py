@@ -197,6 +197,9 @@ def test_native_package_runs_every_size(tmp_path: Path) -> None:
         assert relative_error(packaged(x), model(x)) <= TOLERANCE[torch.float32]
     with pytest.raises(ArtifactError, match="compiled for cpu: expected a package for meta"):
         PackagedProgram(out, torch.device("meta"))
+    (out / "program.pt2").write_bytes(b"no archive")
+    with pytest.raises(ArtifactError, match=r"program\.pt2 does not load on this machine"):
+        PackagedProgram(out, torch.device("cpu"))
     (out / "program.pt2").unlink()
     with pytest.raises(ArtifactError, match="is missing"):
         load(out)

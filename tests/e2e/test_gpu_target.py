@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 import vdqc
+from vdqc.aot import PACKAGE
 from vdqc.base.diagnostics import ArtifactError, InputError, LoweringError
 from vdqc.base.numerics import relative_error
 from vdqc.base.target import TARGETS
 from vdqc.ir import artifact
 from vdqc.lowering.precompile import CUBINS
+from vdqc.packaged import open_package
 from vdqc.placement import check_machine
 from vdqc.testing.architectures import ARCHITECTURES
 
@@ -124,3 +127,38 @@ def test_a_package_for_a_gpu_is_compiled_on_one(
     with pytest.raises(LoweringError, match=expected):
         vdqc.compile(model_file, target="sm90", aot=True, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("made_for", "capability", "told"),
+    [
+        ("90", (9, 0), None),
+        ("90", (12, 0), "program.pt2 was compiled for sm90, this GPU is sm120: it is ignored"),
+        ("80", (9, 0), "program.pt2 was compiled for sm80, this GPU is sm90: it is ignored"),
+        (None, (9, 0), "compiled for a GPU that it does not name, this GPU is sm90"),
+    ],
+)
+def test_a_package_runs_on_gpus_of_its_capability_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    made_for: str | None,
+    capability: Any,
+    told: Any,
+) -> None:
+    facts = {"AOTI_DEVICE_KEY": "cuda"}
+    if made_for is not None:
+        facts["AOTI_COMPUTE_CAPABILITY"] = made_for
+    with zipfile.ZipFile(tmp_path / PACKAGE, "w") as package:
+        package.writestr("p/byteorder", "little")
+        package.writestr("p/data/aotinductor/model/c.wrapper_metadata.json", json.dumps(facts))
+    loaded: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda p, **_: loaded.append(p))
+    if told is None:
+        assert open_package(tmp_path, torch.device("cuda")) is not None
+    else:
+        with pytest.warns(UserWarning, match=told):
+            assert open_package(tmp_path, torch.device("cuda")) is None
+    assert bool(loaded) == (told is None)  # native code of another GPU is not even opened
+    with pytest.raises(ArtifactError, match="compiled for cuda: expected a package for cpu"):
+        open_package(tmp_path, torch.device("cpu"))
