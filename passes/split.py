@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import enum
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -150,6 +151,14 @@ class Split(Pass):
         if self.inner:
             return None
         return PlannedSplit(self.branch, self.rank, self.gain, self.select)
+
+    def leaves_free(self) -> Sequence[str]:
+        """The branch, if it is learned; inside a weight's quantiser it always is."""
+        if self.inner:
+            return [f"placement={self.placement}"]
+        if not self.learned:
+            return []
+        return [f"branch={self.branch}" if self.learn is None else "learn=true"]
 
     def forwards(self) -> float:
         """One for the second moments of inputs, where the branch is fitted again."""

@@ -17,6 +17,7 @@ from vdqc.engine.pass_manager import Context, tell_of_untrained
 from vdqc.engine.recipe import parse_passes
 from vdqc.ir.sample import Sample
 from vdqc.passes.table import PASSES
+from vdqc.testing.harness import annotated, context, run
 
 LARGEST = 2**62 - 1
 
@@ -92,12 +93,37 @@ def untrained(passes: str | None, recipe: str | None = None) -> list[str]:
         ("rotate{learn=true},quant,gptq", "by rotate{learn=true}:"),
         ("quant{rounding=learned,step=input},calibrate", "quant{step=input}, quant{rounding=lea"),
         ("rotate{learn=true},smooth{learn=true},quant", "rotate{learn=true}, smooth{learn=true}:"),
+        ("quant,split{branch=tqe}", "by split{branch=tqe}:"),
+        ("split{learn=true},quant", "by split{learn=true}:"),
+        ("quant,split{branch=oolri,placement=inner,learn=false}", "by split{placement=inner}:"),
     ],
 )
 def test_what_is_left_free_and_not_trained_is_told_of_once(passes: str, named: str) -> None:
     (message,) = untrained(passes)
     assert named in message
     assert not untrained(f"{passes},distill")
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "smooth,rotate,quant",
+        "smooth{learn=true}",
+        "rotate{learn=true}",
+        *(f"quant{{{option}=learned}}" for option in ("clip", "step", "rounding")),
+        "split,quant",
+        "split{learn=true}",
+        *(f"quant,split{{branch={branch}}}" for branch in ("tqe", "oolri")),
+        *(f"quant,split{{branch={branch},learn=false}}" for branch in ("tqe", "oolri")),
+        *(f"quant,split{{branch=oolri,placement=inner,learn={on}}}" for on in ("true", "false")),
+        "quant{clip=learned},split{branch=tqe},distill{epochs=1}",
+    ],
+)
+def test_passes_say_what_they_leave_free(passes: str) -> None:
+    model, x = nn.Linear(16, 16), torch.randn(3, 16)
+    graph = annotated(model, x, scheme="w4a4")
+    run(graph, *parse_passes(passes, PASSES), ctx=context(x, model=model, scheme="w4a4"))
+    assert bool(graph.free) == bool(untrained(passes))
 
 
 @pytest.mark.parametrize("name", names())

@@ -213,7 +213,7 @@ def tell_of_untrained(passes: Sequence[Pass], diagnostics: Diagnostics) -> None:
             "",
             "learned-untrained",
             f"nothing trains what is left free by {', '.join(left)}: it stays where it starts",
-            "put distill behind, or leave the option out",
+            "put distill behind, or leave the option out (of split: learn=false)",
         )
 
 
