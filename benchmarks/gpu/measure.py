@@ -84,12 +84,17 @@ def _peers(
         try:
             call = peer.build()
             call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _synchronise()
             found[name] = call
         except Exception as error:  # whatever a peer raises is its own affair
+            _synchronise()  # raises if the context is gone: ours come next, and would be blamed
             absent[name] = reason(error)
     return found, absent
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def reason(error: BaseException) -> str:

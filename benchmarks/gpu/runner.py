@@ -3,9 +3,10 @@
 The most telling cases of all ops come first (``rank``). An op is checked before its first case;
 where that fails, none of its speeds is printed and the other ops go on. A process that crashes or
 exceeds its limit is replaced; the case is tried again without the peer it was lost with, or without
-all that compile or come as wheels. After a first hang outside a peer only plain kernels run
-(``VDQC_PLAIN``): each further op with a kernel that deadlocks would cost its whole limit. This
-process never imports torch: it holds no memory of the GPU.
+all that compile or come as wheels. After a first hang or crash outside a peer only plain kernels
+run (``VDQC_PLAIN``): each further op with a kernel that deadlocks would cost its whole limit, one
+with a kernel that crashes would have no speeds. This process never imports torch: it holds no
+memory of the GPU.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Session:
 
     Attributes:
         plain: the next worker keeps to plain kernels.
+        why_plain: what was lost with the others; empty if nothing was.
         no_ceilings: why no worker is asked for ceilings any more; empty if they are.
     """
 
@@ -81,6 +83,7 @@ class Session:
     listed: list[dict[str, Any]] = field(default_factory=list)
     found: dict[str, OpResults] = field(default_factory=dict)
     plain: bool = False
+    why_plain: str = ""
     no_ceilings: str = ""
 
     def left(self) -> float:
@@ -246,15 +249,19 @@ def _request(session: Session, request: Mapping[str, Any], limit: float) -> dict
     allowed = min(limit, max(session.left(), LEAST))
     try:
         answer = session.worker.ask(request, allowed)
+        if answer.get("lost"):  # it lives, but its context is gone
+            step = str(answer.get("step", ""))
+            raise LostError(f"{answer['error']}, at step '{step}'", hung=False, step=step)
+        return answer
     except LostError as error:
         late = error.hung and allowed < limit
-        ours = error.hung and not late and not error.step.startswith("peer ")
+        ours = not late and not error.step.startswith("peer ")
         was_plain = session.plain or bool(session.device.get("plain"))
         if ours and not was_plain:
-            session.plain = True
-            print(f"== {request['op']}: {error}; only plain kernels from here on", flush=True)
+            session.plain, session.why_plain = True, f"{request['op']}: {error}"
+            print(f"== {session.why_plain}; only plain kernels from here on", flush=True)
         has_more = session.left() > LEAST and session.again()
-        # before peers are built nothing is left to leave out: it would hang again
+        # before peers are built nothing is left to leave out: it would be lost again
         hopeless = ours and was_plain and error.step != "time"
         return {
             "error": str(error),
@@ -263,9 +270,6 @@ def _request(session: Session, request: Mapping[str, Any], limit: float) -> dict
             "late": late,
             "plain": session.plain and not was_plain,
         }
-    if answer.get("lost") and session.left() > LEAST:
-        answer["retry"] = session.again()
-    return answer
 
 
 def _keep(session: Session, found: OpResults, job: Job, answer: Mapping[str, Any]) -> None:
@@ -294,7 +298,7 @@ def _save(session: Session, found: OpResults) -> None:
     """After every case: what is measured stays, whatever happens next."""
     plan = session.plan
     header = results.header(session.device, session.ceilings, plan.commit)
-    header["no_ceilings"] = session.no_ceilings
+    header |= {"no_ceilings": session.no_ceilings, "why_plain": session.why_plain}
     folder = plan.out
     if folder is None and not plan.dry:
         folder = results.RESULTS / results.folder_of(session.device["gpu"])

@@ -68,7 +68,7 @@ class Worker:
                 raise self._lost()
             message: dict[str, Any] = json.loads(line)
             if "step" not in message:
-                return message
+                return message | ({"step": self._step} if message.get("lost") else {})
             self._step = message["step"]
 
     def _lost(self) -> LostError:

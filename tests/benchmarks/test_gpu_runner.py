@@ -13,7 +13,9 @@ import torch
 
 from benchmarks.gpu import measure, runner, worker
 from benchmarks.gpu.env import Env
+from benchmarks.gpu.peers import Peer
 from benchmarks.gpu.runner import Job, Plan, schedule
+from benchmarks.gpu.trial import Case, Trial, Work
 from benchmarks.gpu.worker_process import LostError, Worker
 from benchmarks.run import passes
 from vdqc.base.target import TARGETS
@@ -25,7 +27,9 @@ HEADER, ROW = HELP["HEADER"], HELP["ROW"]
 
 
 class FakeSession(runner.Session):
-    """Answers from a list instead of a worker; None crashes a peer, a word hangs in that step."""
+    """Answers from a list instead of a worker; None crashes a peer, a word hangs in that step, and
+    a pair of words is how and where ours crashes.
+    """
 
     def __init__(self, plan: Plan, answers: list[Any]) -> None:
         super().__init__(plan)
@@ -41,6 +45,8 @@ class FakeSession(runner.Session):
             raise LostError("the process ended with code -11", hung=False, step="peer x y")
         if isinstance(answer, str):
             raise LostError("no answer", hung=True, step=answer)
+        if isinstance(answer, tuple):
+            raise LostError(answer[0], hung=False, step=answer[1])
         return dict(answer)
 
     def again(self) -> bool:
@@ -107,6 +113,53 @@ def test_a_case_that_hangs_in_ours_keeps_its_peers_with_plain_kernels(tmp_path: 
     assert [request.get("without") for request in fake.asked] == [None, [], []]
     assert [found.get("VDQC_PLAIN") for found in fake.environments] == ["1"]
     assert fake.found["w8a8"].rows == [ROW]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ("the process ended with code -11", "verify"),
+        {"error": "an illegal memory access", "lost": True, "step": "verify"},
+    ],
+)
+def test_a_case_in_which_ours_crashes_goes_on_with_plain_kernels(tmp_path: Path, lost: Any) -> None:
+    fake = session(tmp_path, {"check": "passed"}, lost, GOOD)
+    runner._do(fake, JOB)
+    assert [request.get("without") for request in fake.asked] == [None, [], []]
+    assert [found.get("VDQC_PLAIN") for found in fake.environments] == ["1"]
+    content = json.loads((tmp_path / "w8a8.json").read_text())
+    assert content["rows"] == [ROW]
+    assert content["header"]["why_plain"].startswith("w8a8: ")
+    assert {"-11", "illegal"} & set(content["header"]["why_plain"].split())
+
+
+def test_a_check_that_crashes_is_asked_again_with_plain_kernels(tmp_path: Path) -> None:
+    fake = session(tmp_path, ("the process ended with code -6", "start"), {"check": "passed"}, GOOD)
+    runner._do(fake, JOB)
+    assert [found.get("VDQC_PLAIN") for found in fake.environments] == ["1"]
+    assert (fake.found["w8a8"].check, fake.found["w8a8"].rows) == ("passed", [ROW])
+
+
+def test_a_context_that_a_peer_lost_is_not_blamed_on_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails() -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    steps: list[str] = []
+    trial = Trial({"auto": lambda: None}, {"x": Peer(fails)}, Work(1.0, "int8"), lambda: None)
+    case = Case("c", lambda env: trial)
+    _, absent = measure.run_case(DRY, "op", case, [], steps.append)  # the context lives
+    assert list(absent) == ["x"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    with pytest.raises(RuntimeError, match="illegal"):
+        measure.run_case(DRY, "op", case, [], steps.append)
+    lost = {"error": "an illegal memory access", "lost": True, "step": steps[-1]}
+    fake = session(tmp_path, {"check": "passed"}, lost, GOOD)
+    runner._do(fake, JOB)
+    assert fake.asked[-1]["without"] == ["x"]
+    assert not fake.plain
 
 
 def test_ours_that_hangs_with_plain_kernels_too_is_not_asked_a_third_time(tmp_path: Path) -> None:
@@ -182,6 +235,20 @@ def test_a_worker_that_hangs_or_dies_is_noticed(code: str, hung: bool) -> None:
         with pytest.raises(LostError) as caught:
             worker.ask({"do": "hello"}, 1.5 if hung else 30.0)
         assert caught.value.hung is hung
+    finally:
+        worker.stop()
+
+
+def test_an_answer_without_a_context_says_in_which_step_it_was_lost() -> None:
+    code = (
+        "import sys\n"
+        "for line in sys.stdin:\n"
+        '    print(\'@@{"step": "verify"}\')\n'
+        '    print(\'@@{"error": "e", "lost": true}\', flush=True)'
+    )
+    worker = Worker([sys.executable, "-c", code], {})
+    try:
+        assert worker.ask({}, 30.0) == {"error": "e", "lost": True, "step": "verify"}
     finally:
         worker.stop()
 
