@@ -27,10 +27,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, final
 
-from vdqc.base.diagnostics import ConfigError
+from vdqc.base.diagnostics import ConfigError, InputError
 from vdqc.base.options import check_seed
 from vdqc.engine import losses
 from vdqc.engine.block_cache import parse_bytes
+from vdqc.engine.block_loss import misfit
 from vdqc.engine.block_trainer import Schedule
 from vdqc.engine.pass_manager import Context, Pass, PassResult
 from vdqc.engine.reconstruct import Training, reconstruct
@@ -109,6 +110,10 @@ class Distill(Pass):
             value = getattr(self, option)
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"distill.{option}: expected a number from 0, got {value}")
+
+    def refusal(self, graph: Graph, ctx: Context) -> InputError | None:
+        """A loss term that no block can use."""
+        return misfit(losses.parse(self.loss), graph, ctx, self.mode is Mode.MODEL)
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Train and settle; facts: per block the loss before and after, epochs, seconds."""

@@ -17,7 +17,7 @@ from vdqc.base.diagnostics import Diagnostics
 from vdqc.base.sparsity import MASKS, MaskPolicy
 from vdqc.base.target import Target
 from vdqc.compiler import capture_source
-from vdqc.engine.pass_manager import Context, PassManager
+from vdqc.engine.pass_manager import Context, PassManager, check_passes
 from vdqc.engine.recipe import Recipe
 from vdqc.forecast import Forecast, forecast_of, total_cost
 from vdqc.ir.graph import Graph, Stage
@@ -100,6 +100,7 @@ def explain(
     annotated, machine = graph.clone(), measured(target)
     # said once: what it says of sites comes with the second run
     PassManager(reading, probe=False).run(annotated, replace(ctx, diagnostics=Diagnostics()))
+    check_passes(recipe.passes, annotated, ctx)
     first = source.samples[0].inputs
     with sized_like(annotated, first):
         plain_us = total_cost(choose(annotated, target), annotated).us(machine)

@@ -10,15 +10,19 @@ from torch import Tensor, nn
 from vdqc.base import numerics
 from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError
 from vdqc.base.target import TARGETS
+from vdqc.compiler import complete
 from vdqc.engine.pass_manager import Context, PassManager, PassRecord
 from vdqc.engine.recipe import Recipe, parse_passes
+from vdqc.explain import explain
 from vdqc.ir.frontend import capture
 from vdqc.ir.graph import Graph
 from vdqc.ir.sample import Sample
 from vdqc.ir.site import SiteKind, set_note
+from vdqc.ir.source import Source
 from vdqc.lowering.lower import lower
 from vdqc.passes.distill import Distill
 from vdqc.passes.table import PASSES
+from vdqc.testing.architectures import ARCHITECTURES
 from vdqc.testing.harness import annotated, context, remarks, run
 
 LEARNED = "smooth{learn=true},rotate{learn=true},quant{clip=learned}"
@@ -114,6 +118,22 @@ def test_a_term_that_fits_no_block_is_one_error(captured: tuple[Graph, list[Samp
     with pytest.raises(InputError, match=r"loss term 'tmd.*' fits no block") as caught:
         compiled(captured, f"{LEARNED},distill{{loss=block+tmd}}")
     assert caught.value.diagnostic.code == "loss-misfit"
+
+
+def test_a_term_that_fits_no_block_is_refused_before_other_passes_take_their_time() -> None:
+    """Latte's blocks attend to the tokens of a frame, or to one position over all frames."""
+    latte = ARCHITECTURES["latte"]
+    model, samples = latte.build(), latte.samples()
+    passes = "quant{clip=learned},split{branch=tqe},distill{loss=block+tmd}"
+    recipe = complete(Recipe.parse(passes, PASSES, ["w4a8"]))
+    ctx = Context(samples=samples, rules=recipe.rules)
+    message = r"loss term 'tmd' fits no block: expected an output with a frame axis or a token to"
+    with pytest.raises(InputError, match=message) as caught:
+        PassManager(recipe.passes, probe=False).run(capture(model, samples), ctx)
+    assert ctx.trail == ["canonicalize", "annotate"]
+    assert "distill{loss=block+tmd}" in caught.value.__notes__[0]
+    with pytest.raises(InputError, match=message):
+        explain(Source(model, samples, name="latte"), recipe, TARGETS["cpu"], Diagnostics())
 
 
 class Plain(nn.Module):

@@ -18,10 +18,11 @@ from torch import Tensor, fx
 
 from vdqc.base.diagnostics import InputError
 from vdqc.engine.block_cache import ActivationCache
-from vdqc.engine.block_module import BlockModule, Cuts, Piece, attention_nodes
+from vdqc.engine.block_module import BlockModule, Cuts, Piece, attention_nodes, quantised_pieces
 from vdqc.engine.frames import FrameMap, site_frames, sizes_of
 from vdqc.engine.losses import AttentionSite, LossContext, LossTerm, Terms, total
 from vdqc.engine.pass_manager import Context
+from vdqc.ir.graph import Graph
 from vdqc.ir.sample import Sample
 from vdqc.ir.site import note
 
@@ -173,12 +174,46 @@ def fitting_terms(
             else:
                 found[piece.name].append((weight, term))
         if trained and len(reasons) == len(trained):
-            raise InputError(
-                f"loss term '{term}' fits no block: {reasons[-1]}",
-                "leave it out, or train another part of the model",
-                code="loss-misfit",
-            )
+            raise _fits_none(term, reasons[-1])
     return dict(found)
+
+
+def misfit(terms: Terms, graph: Graph, ctx: Context, whole_model: bool) -> InputError | None:
+    """A term that no piece of an annotated graph can use, whatever will be free: the error that
+    ``fitting_terms`` would raise behind all passes, from the example's shapes alone.
+    """
+    if not ctx.samples:
+        return None
+    cuts, sizes = Cuts(graph), sizes_of(graph.signature, ctx.probe_inputs(graph))
+    outputs = []
+    for piece in quantised_pieces(graph, whole_model):
+        nodes = attention_nodes(cuts, piece.teacher_reads, piece.makes)
+        values = {key: _as_captured(cuts.nodes[key].meta["val"]) for key in piece.makes}
+        outputs.append((attention_sites(nodes, sizes), values[output_order(values)[0]]))
+    for _, term in terms:
+        reasons = [
+            _level(term, True, whole_model) or term.misfit(sites, output_frames(sites, out), out)
+            for sites, out in outputs
+        ]
+        if reasons and all(reasons):
+            return _fits_none(term, reasons[-1])
+    return None
+
+
+def _as_captured(value: Any) -> Any:
+    """A tensor of the example's sizes without data."""
+    if not isinstance(value, Tensor):
+        return value
+    sizes = [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
+    return torch.empty(sizes, dtype=value.dtype, device="meta")
+
+
+def _fits_none(term: LossTerm, reason: str) -> InputError:
+    return InputError(
+        f"loss term '{term}' fits no block: {reason}",
+        "leave it out, or train another part of the model",
+        code="loss-misfit",
+    )
 
 
 def _level(term: LossTerm, is_last: bool, whole_model: bool) -> str:

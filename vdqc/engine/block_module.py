@@ -130,13 +130,7 @@ def plan_blocks(student: Graph, teacher: Graph) -> list[Piece]:
 
     What is free after the last block gets a piece if the program's outputs are boundaries.
     """
-    plan = _Plan(Cuts(student), Cuts(teacher))
-    for block in teacher.blocks():
-        plan.block(block.name, set(block.nodes), [node for node in block.outputs])
-    if not plan.pieces:
-        return []
-    plan.rest(f"after {plan.pieces[-1].name}", _tensor_outputs(student))
-    return plan.finished()
+    return _planned(student, teacher).finished()
 
 
 def plan_model(student: Graph, teacher: Graph) -> list[Piece]:
@@ -150,6 +144,30 @@ def plan_model(student: Graph, teacher: Graph) -> list[Piece]:
     inside, reads = cuts.closure(makes, lambda node: False)
     _, teacher_reads = reference.closure(makes, lambda node: False)
     return [Piece("model", teacher_reads, reads, makes, tuple(cuts.free(inside)))]
+
+
+def quantised_pieces(graph: Graph, whole_model: bool) -> list[Piece]:
+    """The pieces of an annotated graph in which a pass may leave something to train: those with a
+    site whose scheme quantises its weight.
+    """
+    pieces = ([] if whole_model else _planned(graph, graph).pieces) or plan_model(graph, graph)
+    sites = {s.node for s in graph.sites() if s.scheme is not None and s.scheme.weight is not None}
+    cuts = Cuts(graph)
+    return [piece for piece in pieces if sites.intersection(_inside(cuts, piece))]
+
+
+def _planned(student: Graph, teacher: Graph) -> _Plan:
+    plan = _Plan(Cuts(student), Cuts(teacher))
+    for block in teacher.blocks():
+        plan.block(block.name, set(block.nodes), [node for node in block.outputs])
+    if plan.pieces:
+        plan.rest(f"after {plan.pieces[-1].name}", _tensor_outputs(student))
+    return plan
+
+
+def _inside(cuts: Cuts, piece: Piece) -> list[fx.Node]:
+    stops = {cuts.nodes[key] for key in piece.teacher_reads}
+    return cuts.closure(piece.makes, stops.__contains__)[0]
 
 
 @final

@@ -134,6 +134,10 @@ class Pass(abc.ABC):
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Rewrite ``graph`` in place."""
 
+    def refusal(self, graph: Graph, ctx: Context) -> VdqcError | None:
+        """What will stop this pass, if the annotated graph tells: asked before others run."""
+        return None
+
     def planned(self) -> Pass | None:
         """What stands in for this pass before anything is computed from weights or samples.
 
@@ -205,6 +209,15 @@ def check_order(passes: Sequence[Pass], start: Stage = Stage.CAPTURED) -> Stage:
     return stage
 
 
+def check_passes(passes: Sequence[Pass], graph: Graph, ctx: Context) -> None:
+    """Raise what will stop one of ``passes``, all to come, as far as the annotated graph tells."""
+    for item in passes:
+        refusal = item.refusal(graph, ctx)
+        if refusal is not None:
+            refusal.add_note(f"said by '{item}' before any pass behind annotate ran")
+            raise refusal
+
+
 def tell_of_untrained(passes: Sequence[Pass], diagnostics: Diagnostics) -> None:
     """Warn of options that leave free what no pass behind them trains."""
     last = max((index for index, item in enumerate(passes) if item.trains), default=-1)
@@ -247,8 +260,11 @@ class PassManager:
         inputs = self._probe_inputs(graph, ctx)
         original = _float_output(graph, inputs) if inputs is not None else None
         before = original
-        records = []
+        records, checked = [], False
         for index, item in enumerate(self.passes):
+            if not checked and graph.stage is Stage.ANNOTATED:
+                check_passes(self.passes[index:], graph, ctx)
+                checked = True
             lossless = ctx.teacher is None and graph.stage < Stage.COMPRESSED
             if lossless and not item.exact and _wants_teacher(self.passes[index:]):
                 ctx.teacher = frozen(graph)
