@@ -30,7 +30,7 @@ from vdqc.base.video_mask import density
 from vdqc.ir.analysis.key_masks import valid_come_first
 from vdqc.ir.graph import Graph
 from vdqc.ir.ops import FAKE_QUANTIZE
-from vdqc.ir.site import set_note
+from vdqc.ir.site import note, set_note
 from vdqc.ir.sparse_ops import REPARAMETERIZED_ATTENTION, SPARSE_ATTENTION
 from vdqc.kernels import sparse_attention as kernel
 from vdqc.kernels.attention import ATTENTION, torch_attention_cost
@@ -52,8 +52,10 @@ def is_sparse(node: fx.Node) -> bool:
 
 
 def has_integer_scores(node: fx.Node) -> bool:
-    """True if queries and keys of a sparse attention are codes of 8 bits, one scale a token."""
-    return all(
+    """True if queries and keys of a sparse attention are codes of 8 bits, one scale a token, or
+    will be.
+    """
+    return bool(note(node).get("integer_scores")) or all(
         isinstance(x, fx.Node) and x.target is FAKE_QUANTIZE and x.args[1:] == _SCORES
         for x in node.args[:2]
     )

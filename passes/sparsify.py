@@ -54,7 +54,7 @@ from vdqc.ir.analysis.key_masks import KeyMask
 from vdqc.ir.graph import Graph, Stage
 from vdqc.ir.names import selects
 from vdqc.ir.ops import FAKE_QUANTIZE
-from vdqc.ir.site import Site, SiteKind, note
+from vdqc.ir.site import Site, SiteKind, note, set_note
 from vdqc.ir.size_nodes import SizeNodes, timestep_input
 from vdqc.ir.sparse_ops import SPARSE_ATTENTION
 
@@ -125,6 +125,9 @@ class Sparsify(Pass):
 
     def __post_init__(self) -> None:
         base = self.base
+        if self.scores is Scores.INT8:  # codes lose precision, which nothing may before quant
+            # of the instance, so that a wrong order is refused before a model is loaded
+            object.__setattr__(self, "at", frozenset({Stage.COMPRESSED}))
         if self.budget is Budget.CALIBRATED and not base.masks:
             raise ConfigError(f"sparsify.budget: '{self.policy}' chooses blocks itself")
         if not 0 <= self.dense_steps < 1:
@@ -141,18 +144,14 @@ class Sparsify(Pass):
 
     def planned(self) -> Sparsify:
         """This pass without what it needs samples for, to explain what it would do."""
-        return Sparsify(self.policy, self.density, Heads.ONLINE, Budget.UNIFORM, self.block,
-                        self.sinks, self.mass, self.scores, self.dense, 0.0,
-                        self.select)  # fmt: skip
+        found = Sparsify(self.policy, self.density, Heads.ONLINE, Budget.UNIFORM, self.block,
+                         self.sinks, self.mass, self.scores, self.dense, 0.0,
+                         self.select)  # fmt: skip
+        object.__setattr__(found, "at", Sparsify.at)  # a plan stays annotated
+        return found
 
     def run(self, graph: Graph, ctx: Context) -> PassResult:
         """Rewrite; facts: policy, masks and density of every site, and of the whole run."""
-        if self.scores is Scores.INT8 and graph.stage is Stage.ANNOTATED:
-            raise InputError(
-                "sparsify{scores=int8} loses precision, which nothing may before 'quant'",
-                "put sparsify behind quant",
-                code="pass-order",
-            )
         found = graph.sites(self.select, SiteKind.ATTENTION)
         masks = {site.name: padding(graph, site) for site in found}
         sites = [site for site in found if self._matches(site, masks[site.name], ctx)]
@@ -346,10 +345,17 @@ def _reaches(example: Mapping[str, list[int]], policy: MaskPolicy) -> bool:
 
 
 def quantise_scores(graph: Graph, site: Site) -> None:
-    """Put queries, and keys less their mean over tokens, behind quantisers of 8 bits."""
+    """Put queries, and keys less their mean over tokens, behind quantisers of 8 bits.
+
+    A plan, which stays annotated, holds a note in their place.
+    """
     query, key = site.node.args[:2]
     mean = graph.call(aten.mean.dim, key, [2], True, before=site.node)
     key = graph.call(aten.sub.Tensor, key, mean, before=site.node)
+    if graph.stage is Stage.ANNOTATED:
+        graph.set_operand(site.node, 1, key)
+        set_note(site.node, integer_scores=True)
+        return
     for index, value in enumerate((query, key)):
         codes = graph.call(FAKE_QUANTIZE, value, None, None, _SCORES, before=site.node)
         graph.set_operand(site.node, index, codes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vdqc.base import video_mask
 from vdqc.base.block_mask import expand, kept_blocks
-from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError
+from vdqc.base.diagnostics import ConfigError, Diagnostics, InputError, OrderError
 from vdqc.base.mask_budget import assign
 from vdqc.base.numerics import sqnr_db
 from vdqc.base.sparsity import MASKS, MaskPolicy
@@ -29,6 +29,7 @@ from vdqc.ir.site import SiteKind
 from vdqc.ir.sparse_ops import SPARSE_ATTENTION, plain
 from vdqc.lowering.lower import lower
 from vdqc.lowering.prepare import prepare
+from vdqc.lowering.select import KernelChoice, choose
 from vdqc.passes.annotate import Annotate
 from vdqc.passes.canonicalize import Canonicalize
 from vdqc.passes.quant import Quant
@@ -224,8 +225,16 @@ def test_with_quantised_linears() -> None:
     assert_close(graph.run(**SAMPLES[0].inputs)[0], expected)
 
 
+def run_plan(option: Sparsify, target: str) -> dict[str, KernelChoice]:
+    """What ``explain`` finds out of ``option`` on the graph of ``_bfloat16``."""
+    graph, calls = _bfloat16(quantised=False)
+    graph = graph.clone()
+    run(graph, option.planned(), ctx=Context(calls))
+    return {c.site: c for c in choose(graph, TARGETS[target], planned=True)}
+
+
 @functools.cache
-def _bfloat16() -> tuple[Graph, list[Sample]]:
+def _bfloat16(quantised: bool = True) -> tuple[Graph, list[Sample]]:
     torch.manual_seed(0)
     model = Video(layers=1, width=128, heads=2).eval()
     with torch.no_grad():
@@ -240,7 +249,8 @@ def _bfloat16() -> tuple[Graph, list[Sample]]:
     ]
     graph = capture(model.bfloat16(), calls)
     ctx = Context(calls, rules=(parse_rule("w8a8"),))
-    PassManager([Canonicalize(), Annotate(keep="nothing"), Quant()], probe=False).run(graph, ctx)
+    passes = [Canonicalize(), Annotate(keep="nothing"), *([Quant()] if quantised else [])]
+    PassManager(passes, probe=False).run(graph, ctx)
     return graph, calls
 
 
@@ -257,17 +267,19 @@ def test_scores_from_codes(target: str, kernel: str, policy: str) -> None:
     expected = [graph.run(**s.inputs)[0] for s in calls]
     for s, own in zip(calls, expected, strict=True):
         assert sqnr_db(own, plain.run(**s.inputs)[0]) > 30
+    planned = run_plan(replace(option, scores=Scores.INT8), target)
     choices = {c.site: c for c in lower(graph, TARGETS[target], Diagnostics())}
-    assert choices["blocks.0:attention"].kernel == kernel
+    found = choices["blocks.0:attention"]
+    assert (found.kernel, found.cost) == (kernel, planned["blocks.0:attention"].cost)
     assert sum(n.target is FAKE_QUANTIZE for n in graph.nodes) == 0
     for s, wanted in zip(calls, expected, strict=True):
         assert sqnr_db(graph.run(**s.inputs)[0], wanted) > 30
 
 
 def test_scores_from_codes_need_a_graph_that_may_lose_precision() -> None:
-    graph, ctx = video()
-    with pytest.raises(InputError, match="put sparsify behind quant"):
-        run(graph, Sparsify(density=0.5, block=16, scores=Scores.INT8), ctx=ctx)
+    option = Sparsify(density=0.5, block=16, scores=Scores.INT8)
+    with pytest.raises(OrderError, match="'sparsify' runs at compressed, but the passes before it"):
+        PassManager([Canonicalize(), Annotate(), option, Quant()])
 
 
 def test_mask_on_while_training() -> None:
