@@ -133,6 +133,11 @@ class Allocate(Pass):
                 "for a budget of rows say search=error",
             )
 
+    def undecided(self) -> str:
+        """The widths."""
+        of = "linear" if self.method is Method.LAYERS else "row"
+        return f"the bits of each {of}, by the error that they leave"
+
     def forwards(self) -> float:
         """One, for the second moments of inputs."""
         return 1.0

@@ -53,7 +53,11 @@ class PlannedMask:
 @final
 @dataclass(frozen=True)
 class Plan:
-    """The expanded recipe and what each site would run."""
+    """The expanded recipe and what each site would run.
+
+    Attributes:
+        undecided: passes, and what each decides of bytes and kernels only when it compiles.
+    """
 
     name: str
     target: str
@@ -63,6 +67,7 @@ class Plan:
     masks: tuple[PlannedMask, ...]
     forecast: Forecast
     machine: Target
+    undecided: tuple[tuple[str, str], ...] = ()
 
     @property
     def predicted_us(self) -> float:
@@ -81,6 +86,7 @@ class Plan:
             "machine": rates(self.machine),
             "sites": [row.to_json() for row in self.sites],
             "masks": [asdict(mask) for mask in self.masks],
+            "undecided": dict(self.undecided),
         }
 
 
@@ -123,8 +129,17 @@ def explain(
         stage = item.to if item.to is not None else stage
         passes.append((str(item), item.exact, str(stage)))
     rules = tuple(map(str, recipe.rules))
+    undecided = tuple((str(p), words) for p in recipe.passes if (words := p.undecided()))
     return Plan(
-        source.name, str(target), tuple(passes), rules, tuple(rows), masks, forecast, machine
+        source.name,
+        str(target),
+        tuple(passes),
+        rules,
+        tuple(rows),
+        masks,
+        forecast,
+        machine,
+        undecided,
     )
 
 

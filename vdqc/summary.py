@@ -138,6 +138,11 @@ def planned(plan: Plan) -> str:
             *(f"{why}  ({count(len(rows), 'site')})" for why, rows in reasons.items()),
             "",
             *([_masks(plan), ""] if plan.masks else []),
+            *(
+                f"decided at compile time: {what} ({shortened(text, PASS_WIDTH)}); planned as the "
+                "schemes say"
+                for text, what in plan.undecided
+            ),
             f"predicted time    {duration(plan.predicted_us / 1e6)} for the first sample under "
             f"torch.compile ({duration(forecast.sites_us / 1e6)} in sites)",
             f"predicted memory  {size(forecast.memory_bytes)}, of which weights "

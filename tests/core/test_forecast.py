@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import vdqc
+from vdqc import summary
 from vdqc.base.diagnostics import Diagnostics
 from vdqc.base.target import TARGETS
 from vdqc.check import weight_bytes
@@ -109,17 +110,31 @@ def test_a_row_of_a_plan_counts_its_branch(model_file: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("heads", ["calibrated", "online"])
-def test_weights_are_exact_with_masks(tmp_path: Path, heads: str) -> None:
+@pytest.mark.parametrize("options", ["heads=calibrated", "heads=online", "scores=int8"])
+def test_weights_are_exact_with_masks(tmp_path: Path, options: str) -> None:
     architecture = ARCHITECTURES["wan-t2v"]
     model, samples = architecture.build(), architecture.samples()
-    passes = f"quant,sparsify{{density=0.7,block=4,heads={heads}}}"
+    passes = f"quant,sparsify{{density=0.7,block=4,{options}}}"
     recipe = parse_recipe(passes, ["w8a8"], None)
     plan = explain(as_source(model, samples, None), recipe, CPU, Diagnostics())
     assert plan.masks
     out = tmp_path / "out"
-    vdqc.compile(model, samples, passes, "w8a8", "cpu", out, verify=False)
+    made = vdqc.compile(model, samples, passes, "w8a8", "cpu", out, verify=False)
     assert plan.forecast.weight_bytes == weight_bytes(vdqc.load(out))
+    kernels = {entry["site"]: entry["kernel"] for entry in made.manifest["kernels"]}
+    assert {row.name: row.kernel for row in plan.sites} == kernels
+
+
+@pytest.mark.parametrize(
+    ("options", "of"), [("search=error,budget=3.5", "row"), ("method=layers,budget=3.5", "linear")]
+)
+def test_a_plan_says_what_only_compiling_decides(model_file: Path, options: str, of: str) -> None:
+    plan = planned(model_file, f"allocate{{{options}}},quant", "w4a8")
+    (entry,) = plan.undecided
+    assert entry[0] == f"allocate{{{options}}}"
+    assert f"decided at compile time: the bits of each {of}, by the error" in summary.planned(plan)
+    assert plan.to_json()["undecided"] == dict(plan.undecided)
+    assert not planned(model_file, "quant", "w4a8").undecided
 
 
 def test_a_forecast_has_all_parts(model_file: Path) -> None:

@@ -145,6 +145,13 @@ class Pass(abc.ABC):
         """
         return None
 
+    def undecided(self) -> str:
+        """What of bytes and kernels only weights and samples decide, in a few words; "" if nothing.
+
+        A plan takes it as the schemes of sites say.
+        """
+        return ""
+
     def leaves_free(self) -> Sequence[str]:
         """The options, as ``learn=true``, that leave something for a later pass to train."""
         return ()
