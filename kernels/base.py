@@ -76,6 +76,12 @@ class Cost:
     calls: float = 1.0
     gpu: Cost | None = None
 
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> Cost:
+        """The cost that ``dataclasses.asdict`` made ``data`` of."""
+        gpu = data.get("gpu")
+        return Cost(**{**data, "gpu": None if gpu is None else Cost.of(gpu)})
+
     def us(self, target: Target) -> float:
         """Time in microseconds; a format without a unit on ``target`` runs as fp32.
 

@@ -87,4 +87,4 @@ def predicted_seconds(manifest: Mapping[str, Any]) -> dict[str, float]:
     machine = measured(Target.parse(str(manifest["target"])))
     costs = {entry["site"]: entry["cost"] for entry in manifest["kernels"]}
     costs[""] = manifest["facts"]["between"]
-    return {name: Cost(**cost).us(machine) * 1e-6 for name, cost in costs.items()}
+    return {name: Cost.of(cost).us(machine) * 1e-6 for name, cost in costs.items()}

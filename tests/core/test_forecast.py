@@ -154,6 +154,15 @@ def test_an_artifact_is_priced_site_by_site(tiny_artifact: Path) -> None:
     assert min(found.values()) > 0
 
 
+def test_an_artifact_for_a_gpu_is_priced_as_it_was_planned(
+    model_file: Path, tmp_path: Path
+) -> None:
+    made = vdqc.compile(model_file, None, "quant", "w8a8", "sm90", tmp_path / "out")
+    found = predicted_seconds(made.manifest)
+    for entry in made.manifest["kernels"]:
+        assert found[entry["site"]] == pytest.approx(entry["predicted_us"] * 1e-6)
+
+
 def test_learning_takes_the_samples_that_select_leaves() -> None:
     def calls(passes: str) -> float:
         return learning_calls(parse_recipe(passes, None, None), 40)
