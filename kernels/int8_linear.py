@@ -113,8 +113,10 @@ def _supports(problem: LinearProblem, target: Target) -> str | None:
 def _cost(problem: LinearProblem) -> Cost:
     m, n, k = problem.m, problem.n, problem.k
     size = problem.dtype.itemsize
-    moved = n * k + m * k * (size + 2) + m * n * (8 + size)
-    return Cost({"int8": 2.0 * m * n * k}, moved, calls=2.0)  # the quantiser, the product
+    ops, read = {"int8": 2.0 * m * n * k}, n * k + m * k * (size + 2)
+    gpu = Cost(ops, read + m * n * size, calls=2.0)  # sums stay in registers up to the epilogue
+    # the quantiser, the product
+    return Cost(ops, read + m * n * (8 + size), calls=2.0, gpu=gpu)
 
 
 INT8_LINEAR = define(

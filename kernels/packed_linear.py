@@ -139,9 +139,11 @@ def _cost(problem: LinearProblem) -> Cost:
     size = problem.dtype.itemsize
     # unpacking writes and reads int8[N, K], twice with group multipliers
     passes = 4 if problem.weight.granularity.size else 2
-    weight = n * packed_bytes(problem.weight.dtype.bits, k) + passes * n * k
-    moved = weight + m * k * (size + 2) + m * n * (8 + size)
-    return Cost({"int8": 2.0 * m * n * k}, moved, calls=2.0)  # the quantiser, the product
+    ops = {"int8": 2.0 * m * n * k}
+    read = n * packed_bytes(problem.weight.dtype.bits, k) + m * k * (size + 2)
+    gpu = Cost(ops, read + m * n * size, calls=2.0)  # unpacked and summed in registers
+    # the quantiser, the product
+    return Cost(ops, read + passes * n * k + m * n * (8 + size), calls=2.0, gpu=gpu)
 
 
 PACKED_LINEAR = define(

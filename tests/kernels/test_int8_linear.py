@@ -5,6 +5,7 @@ from vdqc.base.packing import pack
 from vdqc.base.scheme import QuantSpec
 from vdqc.base.target import TARGETS
 from vdqc.kernels.base import LinearProblem
+from vdqc.kernels.group_linear import GROUP_LINEAR
 from vdqc.kernels.int8_linear import INT8_LINEAR, int8_linear
 from vdqc.kernels.integer import int8_matmul, packed_matmul
 from vdqc.kernels.packed_linear import PACKED_LINEAR, packed_linear
@@ -101,3 +102,15 @@ def test_supports_says_why_not() -> None:
     assert PACKED_LINEAR.supports(LinearProblem(1, 8, 64, dtype, w4g, a8, True), cpu) is None
     assert "K = 0" in str(INT8_LINEAR.supports(LinearProblem(1, 8, 0, dtype, w8, a8), cpu))
     assert "float" in str(INT8_LINEAR.supports(LinearProblem(1, 8, 8, dtype, w8, None), cpu))
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "cpu"])
+@pytest.mark.parametrize("k", [64, 640, 6144])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_on_a_gpu_integers_are_cheaper_than_what_has_no_kernel_there(
+    target: str, k: int, bits: int
+) -> None:
+    specs = QuantSpec.parse(f"int{bits}/channel"), QuantSpec.parse("int8/token/dynamic")
+    problem = LinearProblem(32768, 6144, k, torch.bfloat16, *specs)
+    kernel = INT8_LINEAR if bits == 8 else PACKED_LINEAR
+    assert kernel.cost(problem).us(TARGETS[target]) < GROUP_LINEAR.cost(problem).us(TARGETS[target])
