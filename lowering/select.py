@@ -201,7 +201,9 @@ def _conv_cost(site: Site) -> Cost:
     out, weight = site.node.meta["val"], site.weight.meta["val"]
     values = math.prod(map(hint, out.shape))
     moved = (values + math.prod(map(hint, site.input.meta["val"].shape))) * out.dtype.itemsize
-    return Cost({"conv": 2.0 * values * weight[0].numel()}, float(moved))
+    work = 2.0 * values * weight[0].numel()
+    gpu = Cost({FLOAT_FORMAT[out.dtype]: work}, float(moved))  # cuDNN multiplies as linears do
+    return Cost({"conv": work}, float(moved), gpu=gpu)
 
 
 def _any_attention_cost(node: fx.Node) -> Cost:

@@ -4,6 +4,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 from vdqc.base.diagnostics import Diagnostics, LoweringError
 from vdqc.base.numerics import TOLERANCE, relative_error
@@ -15,6 +16,7 @@ from vdqc.lowering.lower import lower
 from vdqc.lowering.prepare import prepare
 from vdqc.lowering.rules import factor_scales
 from vdqc.lowering.select import choose
+from vdqc.testing.harness import annotated
 
 CPU = TARGETS["cpu"]
 
@@ -123,6 +125,16 @@ def test_a_float_graph_lowers_to_itself_but_for_attention() -> None:
     choices = lower(graph, CPU, Diagnostics())
     assert {choice.kernel for choice in choices} == {"aten"}
     assert torch.equal(output(graph, sample), before)
+
+
+def test_on_a_gpu_a_convolution_is_priced_at_the_rate_of_its_dtype() -> None:
+    times = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, x = nn.Conv2d(512, 512, 3).to(dtype), torch.randn(1, 512, 66, 66, dtype=dtype)
+        (choice,) = choose(annotated(model, x), TARGETS["sm90"])
+        times.append(choice.predicted_us - TARGETS["sm90"].call_us)
+    peak = TARGETS["sm90"].peak
+    assert times[0] == pytest.approx(times[1] * peak["bf16"] / peak["fp32"])
 
 
 def test_choose_leaves_the_graph_alone() -> None:
