@@ -10,7 +10,14 @@ from vdqc.base.target import TARGETS
 from vdqc.cli import main
 from vdqc.compiler import capture_source, compile
 from vdqc.engine.named import named
+from vdqc.engine.pass_manager import Context, PassManager
+from vdqc.engine.recipe import parse_passes
+from vdqc.forecast import total_cost
 from vdqc.ir.source import Source, load_source
+from vdqc.lowering.machine import measured
+from vdqc.lowering.select import choose
+from vdqc.passes.quant import keep_others_in_float
+from vdqc.passes.table import PASSES
 from vdqc.search import parse_schemes
 from vdqc.search.budget import Budget
 from vdqc.search.density import check_attention, thin_out
@@ -146,9 +153,14 @@ def test_convolutions_are_chosen_for_where_they_hold_the_weights(tmp_path):
     architecture = ARCHITECTURES["unet2d"]
     samples, schemes = architecture.samples(), parse_schemes(["w8a8", "w4a8", "none"])
     source, said = Source(architecture.build(), samples, name="unet"), Diagnostics()
-    graph, _ = capture_source(source, said)
-    job = Job("unet", graph, samples, schemes, TARGETS["cpu"], said, 0, lambda i, _: i)
+    captured, _ = capture_source(source, said)
+    job = Job("unet", captured, samples, schemes, TARGETS["cpu"], said, 0, lambda i, _: i)
     assert "conv-float" not in [entry.code for entry in said]
+    plain = captured.clone()  # convolutions that stay in float are not made linears
+    PassManager(parse_passes("canonicalize,annotate", PASSES), probe=False).run(plain, Context())
+    keep_others_in_float(plain, "")
+    cost = total_cost(choose(plain, TARGETS["cpu"]), plain)
+    assert job.account.float_us == pytest.approx(cost.us(measured(TARGETS["cpu"])))
     job.measure()
     point, applied = job.choose(Budget.parse("size=0.4", None), True)
     assert applied is not None

@@ -5,11 +5,13 @@ and folded, as ``compile`` will.
 
 Time is what ``explain`` predicts, at the rates of this machine if the target is its CPU, and the
 transforms that stay online: reading and writing the input once, for a rotation also its products.
+A convolution that ``im2col`` made a linear runs as a convolution where it stays in float.
 Shapes: N outputs, K inputs of a linear.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
@@ -22,11 +24,11 @@ from vdqc.engine.pass_manager import Context
 from vdqc.footprint import kernel_bytes, value_bytes, weight_bytes
 from vdqc.ir.graph import Graph
 from vdqc.ir.peers import param_name
-from vdqc.ir.site import Site
+from vdqc.ir.site import Site, SiteKind
 from vdqc.kernels.base import FLOAT_FORMAT, Cost
 from vdqc.lowering.between import between_sites
 from vdqc.lowering.machine import measured
-from vdqc.lowering.rules import linear_site
+from vdqc.lowering.rules import hint, linear_site
 from vdqc.lowering.select import KernelChoice, choose_site
 from vdqc.passes import fold, rotate, smooth
 
@@ -73,16 +75,25 @@ class Bill:
 
 @final
 class Account:
-    """Prices ways of the groups of one annotated graph on a target."""
+    """Prices ways of the groups of one annotated graph on a target.
 
-    def __init__(self, graph: Graph, target: Target, transforms: Transforms) -> None:
+    ``convolutions``: what ``convolution_us`` says of those that were made linears in it.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        target: Target,
+        transforms: Transforms,
+        convolutions: Mapping[str, float],
+    ) -> None:
         self._graph, self._target, self._transforms = graph, target, transforms
         self._machine = measured(target)
         self._between_us = between_sites(graph).us(self._machine)
         self._float_us = {
             site.name: self._us(choose_site(graph, _with(site, "none"), target, planned=True))
             for site in graph.sites()
-        }
+        } | dict(convolutions)
         self._known: dict[tuple[str, str], tuple[KernelChoice, int]] = {}
         self._stays: dict[Way, set[str]] = {}
 
@@ -181,6 +192,30 @@ class Account:
         block = self._transforms.blocks.get(group[0].name, 0)
         us = Cost({form: 2.0 * values * block}, moved).us(self._machine) if rotated else 0.0
         return us + (Cost({}, moved, calls=0.0).us(self._machine) if smoothed else 0.0)
+
+
+def convolution_us(before: Graph, after: Graph, target: Target) -> dict[str, float]:
+    """Predicted microseconds in float of the sites that ``im2col`` made linears of, by name: as
+    convolutions, less their parts of the copies that ``after`` makes between its sites.
+    """
+    machine = measured(target)
+    copied = between_sites(after).us(machine) - between_sites(before).us(machine)
+    kept = {site.name for site in after.sites(kind=SiteKind.CONV)}
+    made = [site for site in before.sites(kind=SiteKind.CONV) if site.name not in kept]
+    patches = {site.name: _patch_values(site) for site in made}
+    share = copied / max(sum(patches.values()), 1)
+    return {
+        site.name: choose_site(before, site, target).priced(machine).predicted_us
+        - share * patches[site.name]
+        for site in made
+    }
+
+
+def _patch_values(site: Site) -> int:
+    """Values of the patches that the convolution reads; none where it reads its input in order."""
+    out, weight = site.node.meta["val"], site.weight.meta["val"]
+    positions = math.prod(map(hint, (out.shape[0], *out.shape[2:])))
+    return positions * int(weight[0].numel()) if math.prod(weight.shape[2:]) > 1 else 0
 
 
 def _params(site: Site) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from vdqc.lowering.lower import lower
 from vdqc.lowering.machine import measured
 from vdqc.passes.table import PASSES
 from vdqc.search.budget import Budget, shown
-from vdqc.search.cost import FLOAT, Account, Bill, Transforms, Way
+from vdqc.search.cost import FLOAT, Account, Bill, Transforms, Way, convolution_us
 from vdqc.search.results import Applied, Point
 from vdqc.search.sensitivity import Measured, legal, mean_error, measure, outputs, spread
 from vdqc.search.solve import UNLIMITED, Axis, Option, solve, total
@@ -80,17 +80,20 @@ class Job:
         self.groups = quantised_groups(self.graph)
         if not self.groups:
             raise InputError("expected linears to quantise, found none", code="nothing-to-search")
-        self.account = Account(self.graph, target, Transforms({}, {}, {}))
+        self.account = Account(self.graph, target, Transforms({}, {}, {}), self.convolutions)
 
-    def _read(self) -> set[str]:
-        """Annotate the graph; names of the convolutions that were made linears, if they matter."""
+    def _read(self) -> dict[str, float]:
+        """Annotate the graph; the convolutions that were made linears, if they matter, and what
+        they cost in float.
+        """
         self._run("canonicalize")
-        roles = find_roles(self.graph)
-        before = {site.name for site in self.graph.sites(kind=SiteKind.CONV)}
-        if convolution_share(self.graph, roles) > CONVOLUTIONS_MATTER:
+        found: dict[str, float] = {}
+        if convolution_share(self.graph, find_roles(self.graph)) > CONVOLUTIONS_MATTER:
+            before = self.graph.clone()
             self._run("im2col")
+            found = convolution_us(before, self.graph, self.target)
         self._run("annotate")
-        return before - {site.name for site in self.graph.sites(kind=SiteKind.CONV)}
+        return found
 
     def _run(self, text: str) -> None:
         PassManager(parse_passes(text, PASSES), probe=False).run(self.graph, self._ctx)
@@ -99,7 +102,8 @@ class Job:
         """Measure and price every way of every group: before anything is chosen."""
         quantising = [scheme for scheme in self.schemes if not scheme.is_none]
         self.measured: Measured = measure(self.graph, self._ctx, self.probes, quantising)
-        self.account = Account(self.graph, self.target, self.measured.transforms)
+        transforms = self.measured.transforms
+        self.account = Account(self.graph, self.target, transforms, self.convolutions)
         self.base: Bill = self.account.whole([])  # what options are added to
         self.ways = []
         for group in self.groups:
