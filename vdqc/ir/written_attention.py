@@ -35,6 +35,7 @@ from vdqc.ir.sizes import size_expression
 A = torch.ops.aten
 #: A fill from here down swallows any score that it is added to.
 _SWALLOWS = -1e30
+#: What an attention that is written out has in its middle.
 SOFTMAXES = (A.softmax.int, A._softmax.default)
 
 
